@@ -1,0 +1,172 @@
+"""Pairs -> batches of tensors, read in worker processes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
+from dde_cache.samples import Sample, Shard
+from dde_cache.stream import BatchOrder, Pair, PairTable, Recent
+
+NO_LABEL = -100
+"""The class number of a text without a label; torch's losses ignore it."""
+
+PICTURE_BUDGET = 256 * 2**20
+"""Bytes of processed pictures that one worker keeps, so that a picture is decoded once for its texts."""
+
+Batch = dict[str, Tensor]
+
+
+class TargetSource(Protocol):
+    """Where a batch's distillation targets come from."""
+
+    def check(self, shard: int, sample: Sample) -> None:
+        """Refuse a sample that is not the one that the teacher saw."""
+
+    def targets(self, pairs: Sequence[Pair]) -> Mapping[str, Tensor]:
+        """Return target tensors by name, one row a pair."""
+
+
+class PairDataset(Dataset[Batch]):
+    """Batches of pairs by number, for a `DataLoader` with a batch sampler.
+
+    A batch holds `pair` [b], `input_ids` and `attention_mask` [b, t], `pixels0` [b, c, y, x] and `grid0` [b, 2] (and
+    `pixels1`, `grid1` for samples with two images), `label` [b] (class number or `NO_LABEL`), and `target.*` where
+    there is a target source.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        table: PairTable,
+        preprocessor: Preprocessor,
+        labels: Sequence[str],
+        targets: TargetSource | None = None,
+        *,
+        full_text: bool = False,
+    ) -> None:
+        self._shards = shards
+        self._table = table
+        self._preprocessor = preprocessor
+        self._classes = {label: number for number, label in enumerate(labels)}
+        self._targets = targets
+        self._full_text = full_text
+        self._pictures = Recent(self._read, lambda held: sum(p.nbytes for p in held[1]), PICTURE_BUDGET)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def _read(self, place: tuple[int, str]) -> tuple[Sample, tuple[np.ndarray, ...]]:
+        sample = self._shards[place[0]].read(place[1])
+        if self._targets is not None:
+            self._targets.check(place[0], sample)
+        try:
+            return sample, tuple(self._preprocessor.pixels(image.decode()) for image in sample.images)
+        except InputError as error:
+            raise InputError(f"{self._shards[place[0]].path}, sample {sample.key!r}: {error}") from error
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        """Read one batch.
+
+        Raises:
+            InputError: a sample cannot be read, or the samples of the batch differ in their number of images.
+        """
+        pairs = [self._table[number] for number in numbers]
+        read = [self._pictures((pair.shard, pair.key)) for pair in pairs]
+        texts = [sample.texts[pair.text] for (sample, _), pair in zip(read, pairs, strict=True)]
+        images = {len(pictures) for _, pictures in read}
+        if len(images) > 1:
+            raise InputError(f"expected samples with one number of images, got {sorted(images)} in one data set")
+        tokens = self._preprocessor.tokens([text.text for text in texts], full=self._full_text)
+        classes = [NO_LABEL if text.label is None else self._classes.get(text.label, NO_LABEL) for text in texts]
+        batch = {
+            "pair": torch.tensor(numbers),
+            "input_ids": tokens.ids,
+            "attention_mask": tokens.mask,
+            "label": torch.tensor(classes),
+        }
+        for slot in range(images.pop()):
+            stacked = self._preprocessor.stack([pictures[slot] for _, pictures in read])
+            batch |= {f"pixels{slot}": stacked.pixels, f"grid{slot}": stacked.grid}
+        if self._targets is not None:
+            batch |= {f"target.{name}": value for name, value in self._targets.targets(pairs).items()}
+            _check_shapes(batch, pairs)
+        return batch
+
+
+def _check_shapes(batch: Batch, pairs: Sequence[Pair]) -> None:
+    """Refuse targets whose token counts are not those of this batch: tokenizer or processor differ from the teacher's."""
+    if "target.grid" not in batch:
+        return
+    for name, expected, got in (
+        ("text tokens", batch["target.text_tokens"][:, None], batch["attention_mask"].sum(-1, keepdim=True)),
+        ("patch grid", batch["target.grid"], batch["grid0"]),
+    ):
+        wrong = (expected != got).any(-1).nonzero()[:, 0].tolist()
+        if wrong:
+            pair = pairs[wrong[0]]
+            raise CacheError(
+                f"sample {pair.key!r}, text {pair.text}: the cache was made with {name} {expected[wrong[0]].tolist()}, "
+                f"here they are {got[wrong[0]].tolist()}; tokenizer or image processor are not the teacher's"
+            )
+
+
+def tokens_of(batch: Batch) -> TokenBatch:
+    """The texts of a batch."""
+    return TokenBatch(batch["input_ids"], batch["attention_mask"])
+
+
+def pictures_of(batch: Batch) -> list[PixelBatch]:
+    """The pictures of a batch, by image slot."""
+    return [PixelBatch(batch[f"pixels{slot}"], batch[f"grid{slot}"]) for slot in range(2) if f"pixels{slot}" in batch]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to where the model is; patch grids stay on the CPU, where they steer shapes."""
+    return {
+        name: value if name.startswith("grid") else value.to(device, non_blocking=True) for name, value in batch.items()
+    }
+
+
+def batch_loader(dataset: PairDataset, order: BatchOrder | Sequence[list[int]], workers: int) -> DataLoader[Batch]:
+    """Read batches in the given order, `workers` processes ahead (0: in this process)."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,  # type: ignore[arg-type]
+        collate_fn=_whole,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _whole(batch: Batch) -> Batch:
+    return batch
+
+
+def check_labels(shards: Sequence[Shard], labels: Sequence[str], where: str) -> None:
+    """Refuse shards whose labels the vocabulary does not know.
+
+    Raises:
+        InputError: some labels are unknown; all of them are listed.
+    """
+    known = set(labels)
+    unknown = sorted(
+        {
+            text.label
+            for shard in shards
+            for sample in shard
+            for text in sample.texts
+            if text.label is not None and text.label not in known
+        }
+    )
+    if unknown:
+        raise InputError(
+            f"{where}: expected labels among the teacher's {len(known)} answers, got {len(unknown)} others:"
+            f"{bullet_list([repr(label) for label in unknown])}\nuse shards of the same task, or a teacher trained on it"
+        )

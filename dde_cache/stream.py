@@ -1,0 +1,153 @@
+"""Which pair comes when: pairs of shards in a shuffled order that depends on (seed, epoch) alone.
+
+Shards are permuted; the chunks of a few neighbouring shards are permuted together; the pairs within a window of chunks
+are permuted. So a reader touches a bounded part of the data at a time, and the order does not know how many workers or
+ranks there are, nor whether a cache is read beside the shards.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from dde_cache.samples import Shard
+
+CHUNK_PAIRS = 256
+"""Pairs that lie together in a unit and travel together through the shuffle."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One text of one sample: shard number, sample key and text slot."""
+
+    shard: int
+    key: str
+    text: int
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How far pairs are mixed: chunks over `shards` neighbouring shards, pairs over `chunks` chunks."""
+
+    seed: int
+    shards: int = 8
+    chunks: int = 32
+
+
+class PairTable:
+    """Every pair of some shards, in the order (shard, sample, text): the epoch before any shuffling.
+
+    Args:
+        pairs: for each shard, its (key, text slot) pairs in tar order.
+    """
+
+    def __init__(self, pairs: Sequence[Sequence[tuple[str, int]]]) -> None:
+        self._pairs = pairs
+        self._starts = np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "PairTable":
+        """List the pairs of opened shards."""
+        return cls([[(sample.key, slot) for sample in shard for slot in range(len(sample.texts))] for shard in shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, number: int) -> Pair:
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        key, text = self._pairs[shard][number - int(self._starts[shard])]
+        return Pair(shard, key, text)
+
+    def batches(self, shard: int, batch_size: int) -> list[list[int]]:
+        """Pair numbers of one shard in file order, cut into batches."""
+        start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
+        return [list(range(first, min(first + batch_size, stop))) for first in range(start, stop, batch_size)]
+
+    def shuffled(self, shuffle: Shuffle, epoch: int) -> Iterator[Int[np.ndarray, " n"]]:
+        """Yield the pair numbers of an epoch, one window at a time."""
+        random = np.random.default_rng([shuffle.seed, epoch])
+        order = random.permutation(len(self._pairs))
+        for first in range(0, len(order), shuffle.shards):
+            chunks = [
+                np.arange(start, min(start + CHUNK_PAIRS, self._starts[shard + 1]))
+                for shard in order[first : first + shuffle.shards]
+                for start in range(self._starts[shard], self._starts[shard + 1], CHUNK_PAIRS)
+            ]
+            mixed = [chunks[number] for number in random.permutation(len(chunks))]
+            for begin in range(0, len(mixed), shuffle.chunks):
+                window = np.concatenate(mixed[begin : begin + shuffle.chunks])
+                yield random.permutation(window)
+
+
+class BatchOrder:
+    """The batches of a training run as lists of pair numbers, from any step on.
+
+    An epoch's last batch is dropped where it is not full, so that every step sees the same number of pairs.
+    """
+
+    def __init__(self, table: PairTable, shuffle: Shuffle, batch_size: int, first_step: int, last_step: int) -> None:
+        self._table = table
+        self._shuffle = shuffle
+        self._batch_size = batch_size
+        self._first_step = first_step
+        self._last_step = last_step
+
+    @property
+    def batches_an_epoch(self) -> int:
+        """Full batches in one pass over the pairs."""
+        return len(self._table) // self._batch_size
+
+    def __len__(self) -> int:
+        return self._last_step - self._first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, skip = divmod(self._first_step, self.batches_an_epoch)
+        step = self._first_step
+        while step < self._last_step:
+            for batch in self._epoch(epoch, skip * self._batch_size):
+                yield batch
+                step += 1
+                if step == self._last_step:
+                    return
+            epoch, skip = epoch + 1, 0
+
+    def _epoch(self, epoch: int, skip: int) -> Iterator[list[int]]:
+        held = np.empty(0, dtype=np.int64)
+        for window in self._table.shuffled(self._shuffle, epoch):
+            fresh = window[skip:]
+            skip -= min(skip, len(window))
+            held = np.concatenate([held, fresh])
+            while len(held) >= self._batch_size:
+                yield held[: self._batch_size].tolist()
+                held = held[self._batch_size :]
+
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Key, Value]):
+    """The most recently used values within a budget of bytes; what was let go is made again when asked for."""
+
+    def __init__(self, make: Callable[[Key], Value], size: Callable[[Value], int], budget: int) -> None:
+        self._make = make
+        self._size = size
+        self._budget = budget
+        self._held: OrderedDict[Key, Value] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, key: Key) -> Value:
+        """Return the value of `key`, made now or held since."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        value = self._make(key)
+        self._held[key] = value
+        self._bytes += self._size(value)
+        while self._bytes > self._budget and len(self._held) > 1:
+            _, gone = self._held.popitem(last=False)
+            self._bytes -= self._size(gone)
+        return value

@@ -1,0 +1,215 @@
+"""The student: a dual encoder of two ViLT-like towers and a shallow head (DiDE, arXiv 2112.08723), as a Hugging Face model.
+
+Each side is encoded alone, so that it can be computed once and stored; only the small head sees both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, ViltConfig, ViltModel
+from transformers.models.vilt.modeling_vilt import TextEmbeddings, ViltEncoder, ViltPatchEmbeddings, ViltPooler
+from transformers.utils import ModelOutput
+
+from dde_cache.attention import QueryKey
+from dde_cache.errors import TeacherError
+from dde_cache.teacher import read_config, resolve
+from dde_cache.vilt import capture_query_key, embed_patches
+
+
+class DualEncoderConfig(PreTrainedConfig):
+    """Shape of a dual encoder: both towers are those of a ViLT with configuration `tower`."""
+
+    model_type = "dde-dual-encoder"
+
+    def __init__(self, tower: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.tower = tower if tower is not None else ViltConfig().to_dict()
+        super().__init__(**kwargs)
+
+    def vilt(self) -> ViltConfig:
+        """The towers' shape as a ViLT configuration."""
+        return ViltConfig.from_dict(self.tower)
+
+
+@dataclass
+class TowerOutput:
+    """One side of a batch: pooled vector, token mask, and the last block's query and key projections."""
+
+    pooled: Float[Tensor, "b w"]
+    mask: Bool[Tensor, "b n"]
+    query_key: QueryKey
+
+
+@dataclass
+class DualEncoderOutput(ModelOutput):
+    """Logits, the pooled vectors of both sides, and what the attention loss needs of each."""
+
+    logits: Float[Tensor, "b c"] | None = None
+    text: TowerOutput | None = None
+    image: TowerOutput | None = None
+
+
+class _Tower(nn.Module):
+    """What both towers share: the blocks, the final norm and the pooler on the first token."""
+
+    def __init__(self, config: ViltConfig) -> None:
+        super().__init__()
+        self.encoder = ViltEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = ViltPooler(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def encode(self, embeds: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"]) -> TowerOutput:
+        """Run the blocks over embedded tokens."""
+        bias = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
+        bias = bias.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None, None, :]
+        last = len(self.encoder.layer) - 1
+        with capture_query_key(self.encoder.layer, [last]) as capture:
+            states = self.encoder(embeds, attention_mask=bias).last_hidden_state
+        return TowerOutput(self.pooler(self.layernorm(states)), mask, capture[last])
+
+
+class TextTower(_Tower):
+    """BERT embeddings, token type 0, and the blocks."""
+
+    def __init__(self, config: ViltConfig) -> None:
+        super().__init__(config)
+        self.text_embeddings = TextEmbeddings(config)
+        self.token_type = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"]) -> TowerOutput:
+        """Encode texts."""
+        return self.encode(self.text_embeddings(input_ids=input_ids) + self.token_type, attention_mask.bool())
+
+
+class ImageTower(_Tower):
+    """Patch embeddings in row-major order behind CLS, token type 1 (2 for a second image), and the blocks."""
+
+    def __init__(self, config: ViltConfig) -> None:
+        super().__init__(config)
+        self.patch_embeddings = ViltPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(
+            torch.zeros(1, self.patch_embeddings.num_patches + 1, config.hidden_size)
+        )
+        self.token_type = nn.Parameter(torch.zeros(2, config.hidden_size))
+
+    def forward(
+        self, pixel_values: Float[Tensor, "b c y x"], grid: Int[Tensor, "b 2"], image_slot: int = 0
+    ) -> TowerOutput:
+        """Encode pictures, padded at the bottom and right; `grid` holds the patch rows and columns of each."""
+        embeds, mask = embed_patches(
+            self.patch_embeddings.projection, self.cls_token, self.position_embeddings, pixel_values, grid
+        )
+        return self.encode(self.dropout(embeds) + self.token_type[image_slot], mask)
+
+
+class DualEncoder(PreTrainedModel):
+    """Two towers, a shallow interaction and a classification head.
+
+    Interaction: cat[text; image] (2w) -> Linear(2w, 2w) -> LayerNorm -> GELU -> Linear(2w, w). Head: Linear(w, 2w) ->
+    LayerNorm -> GELU -> Linear(2w, classes).
+    """
+
+    config_class = DualEncoderConfig
+    base_model_prefix = "dual_encoder"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        super().__init__(config)
+        shape = config.vilt()
+        width = shape.hidden_size
+        self.text_tower = TextTower(shape)
+        self.image_tower = ImageTower(shape)
+        self.fusion = _two_layers(2 * width, 2 * width, width)
+        self.head = _two_layers(width, 2 * width, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        deviation = self.config.vilt().initializer_range
+        if isinstance(module, (TextTower, ImageTower)):
+            nn.init.normal_(module.token_type, std=deviation)
+        if isinstance(module, TextEmbeddings):
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+            nn.init.zeros_(module.token_type_ids)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"],
+        pixel_values: Float[Tensor, "b c y x"],
+        grid: Int[Tensor, "b 2"] | None = None,
+    ) -> DualEncoderOutput:
+        """Encode both sides and answer.
+
+        Args:
+            input_ids: tokens of the texts.
+            attention_mask: 1 = valid.
+            pixel_values: pictures, padded at the bottom and right.
+            grid: patch rows and columns of each picture; without it, every picture fills the whole canvas.
+        """
+        text = self.text_tower(input_ids, attention_mask)
+        image = self.image_tower(pixel_values, self._grid(pixel_values) if grid is None else grid)
+        return DualEncoderOutput(logits=self.answer(text.pooled, image.pooled), text=text, image=image)
+
+    def answer(self, text: Float[Tensor, "b w"], image: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:
+        """Logits from the pooled vectors of both sides: all that runs when they were stored."""
+        return self.head(self.fusion(torch.cat([text, image], dim=-1)))
+
+    def _grid(self, pixels: Float[Tensor, "b c y x"]) -> Int[Tensor, "b 2"]:
+        patch = self.config.vilt().patch_size
+        return torch.tensor([[pixels.shape[2] // patch, pixels.shape[3] // patch]]).expand(len(pixels), -1)
+
+
+def _two_layers(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, outputs))
+
+
+def new_student(tower: ViltConfig, labels: Sequence[str], dropout: float = 0.0) -> DualEncoder:
+    """A student with random weights."""
+    shape = tower.to_dict() | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    for name in ("id2label", "label2id", "architectures", "transformers_version", "_name_or_path", "dtype"):
+        shape.pop(name, None)
+    return DualEncoder(
+        DualEncoderConfig(
+            tower=shape,
+            id2label=dict(enumerate(labels)),
+            label2id={label: number for number, label in enumerate(labels)},
+        )
+    )
+
+
+def student_from_vilt(checkpoint: str | Path, labels: Sequence[str], dropout: float = 0.0) -> DualEncoder:
+    """A student whose towers both start from a ViLT checkpoint, as the paper does; the head is new.
+
+    Raises:
+        TeacherError: the checkpoint is missing or no ViLT.
+    """
+    path = resolve(checkpoint)
+    config = read_config(path)
+    try:
+        source = ViltModel.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TeacherError(f"{checkpoint}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    student = new_student(config, labels, dropout)
+    embeddings = source.embeddings
+    types = embeddings.token_type_embeddings.weight
+    for tower in (student.text_tower, student.image_tower):
+        tower.encoder.load_state_dict(source.encoder.state_dict())
+        tower.layernorm.load_state_dict(source.layernorm.state_dict())
+        if source.pooler is not None:
+            tower.pooler.load_state_dict(source.pooler.state_dict())
+    with torch.no_grad():
+        student.text_tower.text_embeddings.load_state_dict(embeddings.text_embeddings.state_dict())
+        student.text_tower.token_type.copy_(types[0])
+        student.image_tower.patch_embeddings.load_state_dict(embeddings.patch_embeddings.state_dict())
+        student.image_tower.cls_token.copy_(embeddings.cls_token)
+        student.image_tower.position_embeddings.copy_(embeddings.position_embeddings)
+        student.image_tower.token_type[0].copy_(types[1])
+        student.image_tower.token_type[1].copy_(types[2] if len(types) > 2 else types[1])
+    return student

@@ -1,0 +1,246 @@
+"""Distillation targets of pairs, read from a cache and joined to shards by key."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dde_cache.attention import SparseAttention
+from dde_cache.codec import EncodedAttention, decode, pad_to
+from dde_cache.errors import CacheError, bullet_list
+from dde_cache.samples import Sample, Shard
+from dde_cache.store import Cache
+from dde_cache.stream import CHUNK_PAIRS, Pair, PairTable, Recent
+from dde_cache.unit import DIRECTIONS, Unit
+
+OnMissing = Literal["error", "skip"]
+
+CHUNK_BUDGET = 512 * 2**20
+"""Bytes of decompressed chunks that one worker keeps; a shuffle window of the default size fits for ViLT-B/32."""
+
+OPEN_UNITS = 64
+"""Units that one worker keeps open."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """How shards and a cache fit: the pairs that have targets, and what is on one side only."""
+
+    table: PairTable
+    without_targets: tuple[str, ...]
+    without_samples: tuple[str, ...]
+
+
+def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
+    """Match shards with units by file name, and their samples by key.
+
+    Args:
+        shards: samples to train on.
+        cache: where their targets are.
+        on_missing: `error` refuses samples without targets and targets without samples; `skip` leaves them out.
+
+    Raises:
+        CacheError: something is missing (`error`), or nothing fits at all.
+    """
+    entries = {entry.source: entry for entry in cache.manifest.units}
+    pairs: list[list[tuple[str, int]]] = []
+    no_targets: list[str] = []
+    no_samples = [
+        f"every key of unit {entry.name}"
+        for source, entry in entries.items()
+        if source not in {shard.name for shard in shards}
+    ]
+    for shard in shards:
+        entry = entries.get(shard.name)
+        held: set[str] = set()
+        if entry is None:
+            no_targets.append(f"every key of shard {shard.name} (the cache has no unit of it)")
+        else:
+            unit = cache.unit(entry)
+            held = set(unit.keys)
+            unit.close()
+        texts = {sample.key: len(sample.texts) for sample in shard}
+        if entry is not None:
+            no_targets += [f"{key} in shard {shard.name}" for key in texts if key not in held]
+            no_samples += [f"{key} in unit {entry.name}" for key in sorted(held - texts.keys())]
+        pairs.append([(key, slot) for key, count in texts.items() if key in held for slot in range(count)])
+    found = Join(PairTable(pairs), tuple(no_targets), tuple(no_samples))
+    if not len(found.table):
+        raise CacheError(
+            f"{cache.folder}: expected targets of these shards, but no key is on both sides: the cache was made from "
+            f"another data set ({bullet_list([f'its units come from {name}' for name in entries], 3)}\n)"
+        )
+    if on_missing == "error" and (no_targets or no_samples):
+        raise CacheError(
+            f"{cache.folder}: shards and cache do not hold the same samples."
+            + (f"\nwithout targets ({len(no_targets)}):{bullet_list(no_targets)}" if no_targets else "")
+            + (f"\ntargets without samples ({len(no_samples)}):{bullet_list(no_samples)}" if no_samples else "")
+            + "\nrun `dde-cache extract` on these shards, or pass --on-missing skip to use what both have"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _OpenUnit:
+    """A unit with the tables by which pairs are found in it."""
+
+    unit: Unit
+    sample: Mapping[str, int]
+    first_record: Mapping[tuple[int, int], int]
+    prediction: Mapping[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A decompressed chunk of one table."""
+
+    maps: Mapping[str, EncodedAttention]
+    logits: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self.maps.values()) + (0 if self.logits is None else self.logits.nbytes)
+
+
+class CacheTargets:
+    """Targets of one layer of a cache, by pair. Holds no open file when it is sent to a worker process.
+
+    Args:
+        cache: where the targets are.
+        shards: the shards that pair numbers refer to.
+        layer: which of the cache's layers.
+        attention: whether to read maps.
+    """
+
+    def __init__(self, cache: Cache, shards: Sequence[Shard], layer: int, *, attention: bool = True) -> None:
+        self._cache, self._layer, self._attention = cache, layer, attention
+        self._entries = {entry.source: entry for entry in cache.manifest.units}
+        self._sources = [shard.name for shard in shards]
+        self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_units": None, "_chunks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self) -> None:
+        self._units = Recent(self._open_unit, lambda _unit: 1, OPEN_UNITS)
+        self._chunks = Recent(self._read_chunk, lambda chunk: chunk.nbytes, CHUNK_BUDGET)
+
+    def _open_unit(self, shard: int) -> _OpenUnit:
+        unit = self._cache.unit(self._entries[self._sources[shard]])
+        maps = unit.maps
+        chosen = (maps.layer == self._layer) & (maps.image == 0) & (maps.view == 0) & (maps.passes == 0)
+        records = {(int(maps.sample[row]), int(maps.text[row])): int(row) for row in np.flatnonzero(chosen)}
+        predictions: dict[tuple[int, int], int] = {}
+        if unit.has_logits:
+            columns = (unit.array(f"predictions/{name}").tolist() for name in ("sample", "text"))
+            predictions = {place: row for row, place in enumerate(zip(*columns, strict=True))}
+        samples = {key: number for number, key in enumerate(unit.keys)}
+        return _OpenUnit(unit, samples, records, predictions)
+
+    def check(self, shard: int, sample: Sample) -> None:
+        """Compare a sample's content with what the teacher saw.
+
+        Raises:
+            CacheError: pictures or texts have changed since the extraction.
+        """
+        held = self._units(shard)
+        stored = held.unit.content[held.sample[sample.key]].tobytes()
+        if stored != sample.content_hash():
+            raise CacheError(
+                f"sample {sample.key!r} of shard {self._sources[shard]}: its picture or texts are not those that the "
+                f"teacher saw (content {sample.content_hash().hex()[:12]}..., expected {stored.hex()[:12]}...): the "
+                "targets belong to another version of the data; extract again from these shards"
+            )
+
+    def _read_chunk(self, place: tuple[int, str, int]) -> _Chunk:
+        shard, table, chunk = place
+        rows = slice(chunk * CHUNK_PAIRS, (chunk + 1) * CHUNK_PAIRS)
+        unit = self._units(shard).unit
+        if table == "logits":
+            return _Chunk({}, torch.from_numpy(unit.array("predictions/logits", rows)))
+        return _Chunk({table: unit.attention(table, rows)}, None)
+
+    def _records(self, pairs: Sequence[Pair], table: Literal["first_record", "prediction"]) -> list[tuple[int, int]]:
+        """Where each pair lies: shard number and row."""
+        places = []
+        for pair in pairs:
+            unit = self._units(pair.shard)
+            row = getattr(unit, table).get((unit.sample[pair.key], pair.text))
+            if row is None:
+                raise CacheError(
+                    f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
+                    f"{pair.key!r}, found none"
+                )
+            places.append((pair.shard, row))
+        return places
+
+    def targets(self, pairs: Sequence[Pair]) -> Mapping[str, Tensor]:
+        """Read the targets of a batch, still encoded; one row a pair.
+
+        Returns:
+            `logits` [b, c] where the cache has predictions; with attention also `text_tokens` [b], `grid` [b, 2], and
+            for both directions `index`, `weight` [b, h, q, s] and `tail` [b, h, q].
+
+        Raises:
+            CacheError: a unit is damaged, or lacks one of the pairs.
+        """
+        batch: dict[str, Tensor] = {}
+        if self._cache.labels is not None:
+            places = self._records(pairs, "prediction")
+            rows = [
+                self._chunks((shard, "logits", row // CHUNK_PAIRS)).logits[row % CHUNK_PAIRS]  # type: ignore[index]
+                for shard, row in places
+            ]
+            batch["logits"] = torch.stack(rows)
+        if not self._attention:
+            return batch
+        places = self._records(pairs, "first_record")
+        maps = [self._units(shard).unit.maps for shard, _ in places]
+        text = np.array([columns.text_tokens[row] for columns, (_, row) in zip(maps, places, strict=True)])
+        grid = np.array([columns.grid[row] for columns, (_, row) in zip(maps, places, strict=True)])
+        batch |= {"text_tokens": torch.from_numpy(text), "grid": torch.from_numpy(grid)}
+        every = self._cache.spec.queries == "all"
+        queries = {
+            "t2i": self._cache.spec.text_length if every else int(text.max()),
+            "i2t": int(grid.prod(-1).max()) + 1 + int(every),
+        }
+        for direction in DIRECTIONS:
+            encoded = self._gather(places, direction, queries[direction])
+            batch |= {
+                f"{direction}.index": encoded.index,
+                f"{direction}.weight": encoded.weight,
+                f"{direction}.tail": encoded.tail,
+            }
+        return batch
+
+    def _gather(self, places: Sequence[tuple[int, int]], direction: str, queries: int) -> EncodedAttention:
+        """Collect records from their chunks, one copy a chunk, cut or padded to `queries` rows."""
+        members: dict[tuple[int, str, int], list[int]] = {}
+        for number, (shard, row) in enumerate(places):
+            members.setdefault((shard, direction, row // CHUNK_PAIRS), []).append(number)
+        parts = []
+        for chunk, numbers in members.items():
+            held = self._chunks(chunk).maps[direction]
+            rows = torch.tensor([places[number][1] % CHUNK_PAIRS for number in numbers])
+            parts.append(held.take(rows, queries))
+        slots = max(part.index.shape[3] for part in parts)
+        parts = [pad_to(part, queries, slots) for part in parts]
+        back = torch.tensor([number for numbers in members.values() for number in numbers]).argsort()
+        widest = max((part.index.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        return EncodedAttention(
+            torch.cat([part.index.to(widest) for part in parts])[back],
+            torch.cat([part.weight for part in parts])[back],
+            torch.cat([part.tail for part in parts])[back],
+        )
+
+
+def decoded(batch: Mapping[str, Tensor], direction: str) -> SparseAttention:
+    """Decode one direction of a batch's targets, on whatever device they are."""
+    return decode(EncodedAttention(*(batch[f"target.{direction}.{part}"] for part in ("index", "weight", "tail"))))
