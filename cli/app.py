@@ -4,6 +4,7 @@ import errno
 import sys
 import warnings
 
+import transformers
 import typer
 from rich.markup import escape
 
@@ -12,12 +13,20 @@ from dde_cache.errors import DdeCacheError
 
 from . import data, teacher
 from .console import errors
+from .eval import eval_
+from .extract import extract
+from .inspect import inspect
+from .train import train
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Cross-modal attention targets."
 )
 app.add_typer(data.app, name="data", help="Turn pictures and questions into WebDataset shards.")
 app.add_typer(teacher.app, name="teacher", help="Train a fusion teacher of your own.")
+app.command()(extract)
+app.command()(inspect)
+app.command()(train)
+app.command(name="eval")(eval_)
 
 
 @app.callback(invoke_without_command=True)
@@ -30,6 +39,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run the command line: 0 on success, 1 on a user's error, 130 on Ctrl-C."""
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate)\b.*")
     try:
         app()

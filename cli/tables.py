@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from dde_cache.evaluate import EvaluationReport
+from dde_cache.scores import EvaluationReport
 
 _COLUMNS = {
     "accuracy": "accuracy",

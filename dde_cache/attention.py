@@ -45,8 +45,9 @@ class SparseAttention:
 def attention_logits(
     query: Float[Tensor, "b h q d"], key: Float[Tensor, "b h k d"], scale: float
 ) -> Float[Tensor, "b h q k"]:
-    """Scaled dot products in fp32, whatever the inputs are in."""
-    return query.float() @ key.float().transpose(-1, -2) * scale
+    """Scaled dot products in fp32, whatever the inputs are in and inside autocast too."""
+    with torch.autocast(query.device.type, enabled=False):
+        return query.float() @ key.float().transpose(-1, -2) * scale
 
 
 def mask_keys(logits: Float[Tensor, "b h q k"], key_mask: Bool[Tensor, "b k"]) -> Float[Tensor, "b h q k"]:

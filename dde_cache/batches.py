@@ -95,24 +95,26 @@ class PairDataset(Dataset[Batch]):
             batch |= {f"pixels{slot}": stacked.pixels, f"grid{slot}": stacked.grid}
         if self._targets is not None:
             batch |= {f"target.{name}": value for name, value in self._targets.targets(pairs).items()}
-            _check_shapes(batch, pairs)
+            _check_inputs(batch, pairs)
         return batch
 
 
-def _check_shapes(batch: Batch, pairs: Sequence[Pair]) -> None:
-    """Refuse targets whose token counts are not those of this batch: tokenizer or processor differ from the teacher's."""
+def _check_inputs(batch: Batch, pairs: Sequence[Pair]) -> None:
+    """Refuse targets that the teacher made from other tokens or another patch grid than this batch has."""
     if "target.grid" not in batch:
         return
+    length = batch["target.token_ids"].shape[1]
+    ids = (batch["input_ids"] * batch["attention_mask"])[:, :length]
     for name, expected, got in (
-        ("text tokens", batch["target.text_tokens"][:, None], batch["attention_mask"].sum(-1, keepdim=True)),
+        ("tokens", batch["target.token_ids"], ids),
         ("patch grid", batch["target.grid"], batch["grid0"]),
     ):
-        wrong = (expected != got).any(-1).nonzero()[:, 0].tolist()
+        wrong = [0] if expected.shape != got.shape else (expected != got).any(-1).nonzero()[:, 0].tolist()
         if wrong:
             pair = pairs[wrong[0]]
             raise CacheError(
-                f"sample {pair.key!r}, text {pair.text}: the cache was made with {name} {expected[wrong[0]].tolist()}, "
-                f"here they are {got[wrong[0]].tolist()}; tokenizer or image processor are not the teacher's"
+                f"sample {pair.key!r}, text {pair.text}: the teacher saw {name} {expected[wrong[0]].tolist()}, here "
+                f"they are {got[wrong[0]].tolist()}; tokenizer or image processor are not the teacher's"
             )
 
 
@@ -168,5 +170,5 @@ def check_labels(shards: Sequence[Shard], labels: Sequence[str], where: str) -> 
     if unknown:
         raise InputError(
             f"{where}: expected labels among the teacher's {len(known)} answers, got {len(unknown)} others:"
-            f"{bullet_list([repr(label) for label in unknown])}\nuse shards of the same task, or a teacher trained on it"
+            f"{bullet_list([repr(label) for label in unknown])}\nuse shards of the task that the teacher knows"
         )

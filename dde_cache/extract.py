@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dde_cache.attention import SparseAttention, sparsify
 from dde_cache.batches import Batch, PairDataset, batch_loader, pictures_of, to_device, tokens_of
@@ -265,6 +265,7 @@ class _Run:
         self.kept.pairs += len(text_tokens)
         self._progress.batch(len(text_tokens), self.kept.mean or 0.0)
         return _Records(
+            token_ids=batch["input_ids"] * batch["attention_mask"],
             text_tokens=text_tokens,
             grids=[picture.grid for picture in pictures],
             t2i=encoded["t2i"],
@@ -297,6 +298,7 @@ class _Run:
 class _Records:
     """One batch on its way to the disk; the lists run over (image slot, layer)."""
 
+    token_ids: Tensor
     text_tokens: Tensor
     grids: list[Tensor]
     t2i: list[EncodedAttention]
@@ -311,6 +313,8 @@ def _assemble(records: Sequence[_Records], samples: Sequence[Sample], spec: Targ
     images, layers = len(records[0].grids), len(spec.layers)
     each = images * layers
     grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
+    longest = max(int(record.text_tokens.max()) for record in records)
+    token_ids = torch.cat([_to_width(record.token_ids, longest) for record in records])
     pairs = len(place)
     columns = MapColumns(
         sample=sample.repeat_interleave(each).numpy(),
@@ -320,6 +324,7 @@ def _assemble(records: Sequence[_Records], samples: Sequence[Sample], spec: Targ
         passes=np.zeros(pairs * each, np.int64),
         layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
         text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
+        token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
         grid=grid.repeat_interleave(layers, dim=1).flatten(0, 1).numpy(),
     )
     logits = [record.logits for record in records if record.logits is not None]
@@ -333,6 +338,11 @@ def _assemble(records: Sequence[_Records], samples: Sequence[Sample], spec: Targ
         prediction_text=text.numpy(),
         logits=torch.cat(logits).numpy() if logits else None,
     )
+
+
+def _to_width(ids: Tensor, width: int) -> Tensor:
+    """Cut or pad token ids; what is cut is padding."""
+    return nn.functional.pad(ids[:, :width], (0, max(width - ids.shape[1], 0)))
 
 
 def _stack(batches: Sequence[Sequence[EncodedAttention]]) -> EncodedAttention:

@@ -19,17 +19,19 @@ from types import FrameType
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch, to_device
-from dde_cache.errors import RunError
+from dde_cache.errors import RunError, bullet_list
 from dde_cache.stream import Shuffle
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
 
 Losses = Mapping[str, Tensor]
 
@@ -92,6 +94,33 @@ class _State:
     best_step: int | None = None
     seconds: float = 0.0
     wait_seconds: float = 0.0
+
+
+def open_run(folder: Path, config: FitConfig, *, resume: bool) -> None:
+    """Begin a run's folder with its resolved configuration, or check that a resumed run has the same.
+
+    Raises:
+        RunError: the folder is taken, or `resume` with another configuration or where no run was begun.
+    """
+    path = folder / CONFIG
+    values = config.model_dump(mode="json")
+    if not resume:
+        if folder.exists() and any(folder.iterdir()):
+            what = "holds a run" if path.exists() else "is not empty and no run of ours"
+            raise RunError(f"{folder}: {what}; choose another --out" + (", or pass --resume" if path.exists() else ""))
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return
+    if not path.is_file():
+        raise RunError(f"{folder}: expected a run to resume, found none; start without --resume")
+    begun = yaml.safe_load(path.read_text())
+    differences = [
+        f"{name}: begun with {begun.get(name)}, now {value}"
+        for name, value in values.items()
+        if begun.get(name) != value and name not in ("workers", "log_every", "save_every")
+    ]
+    if differences:
+        raise RunError(f"{folder}: --resume needs the settings that the run was begun with:{bullet_list(differences)}")
 
 
 def rate_at(step: int, config: FitConfig) -> float:

@@ -84,9 +84,9 @@ class Preprocessor:
         height, width = pixels.shape[1:]
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise InputError(
-                f"expected a picture whose sides are multiples of the patch of {self.patch_size} px, got {image.width} x "
-                f"{image.height} px ({width} x {height} after the processor); resize the pictures, or set do_resize and "
-                f"size_divisor={self.patch_size} in the teacher's processor_config.json"
+                f"expected a picture whose sides are multiples of the patch of {self.patch_size} px, got "
+                f"{image.width} x {image.height} px ({width} x {height} after the processor); resize the pictures, or "
+                f"set do_resize and size_divisor={self.patch_size} in the teacher's processor_config.json"
             )
         return np.asarray(pixels, dtype=np.float32)
 

@@ -225,8 +225,8 @@ def describe_unit(path: Path, fingerprint: str) -> UnitEntry:
     try:
         if unit.attributes.fingerprint != fingerprint:
             raise CacheError(
-                f"{path}: expected fingerprint {fingerprint[:12]}..., got {unit.attributes.fingerprint[:12]}...: it was "
-                "made by another teacher or with other options; move it elsewhere"
+                f"{path}: expected fingerprint {fingerprint[:12]}..., got {unit.attributes.fingerprint[:12]}...: it "
+                "was made by another teacher or with other options; move it elsewhere"
             )
         unit.check_readable()
         attributes = unit.attributes

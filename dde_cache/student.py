@@ -1,4 +1,4 @@
-"""The student: a dual encoder of two ViLT-like towers and a shallow head (DiDE, arXiv 2112.08723), as a Hugging Face model.
+"""The student as a Hugging Face model: two ViLT-like towers and a shallow head (DiDE, arXiv 2112.08723).
 
 Each side is encoded alone, so that it can be computed once and stored; only the small head sees both.
 """
@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViltConfig, ViltModel
+from transformers import initialization as init
 from transformers.models.vilt.modeling_vilt import TextEmbeddings, ViltEncoder, ViltPatchEmbeddings, ViltPooler
 from transformers.utils import ModelOutput
 
 from dde_cache.attention import QueryKey
-from dde_cache.errors import TeacherError
-from dde_cache.teacher import read_config, resolve
-from dde_cache.vilt import capture_query_key, embed_patches
+from dde_cache.teacher import load_weights, read_config, resolve
+from dde_cache.vilt import capture_query_key, embed_patches, position_deviation
 
 
 class DualEncoderConfig(PreTrainedConfig):
@@ -46,11 +46,11 @@ class TowerOutput:
 
 @dataclass
 class DualEncoderOutput(ModelOutput):
-    """Logits, the pooled vectors of both sides, and what the attention loss needs of each."""
+    """Logits [b, c], and the `TowerOutput` of both sides. (Hugging Face wants every field to be optional.)"""
 
-    logits: Float[Tensor, "b c"] | None = None
-    text: TowerOutput | None = None
-    image: TowerOutput | None = None
+    logits: Any = None
+    text: Any = None
+    image: Any = None
 
 
 class _Tower(nn.Module):
@@ -133,10 +133,13 @@ class DualEncoder(PreTrainedModel):
         super()._init_weights(module)
         deviation = self.config.vilt().initializer_range
         if isinstance(module, (TextTower, ImageTower)):
-            nn.init.normal_(module.token_type, std=deviation)
+            init.normal_(module.token_type, std=deviation)
+        if isinstance(module, ImageTower):
+            spread = position_deviation(module.patch_embeddings.projection, deviation)
+            init.normal_(module.position_embeddings, std=spread)
         if isinstance(module, TextEmbeddings):
-            module.position_ids.copy_(torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-            nn.init.zeros_(module.token_type_ids)
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+            init.zeros_(module.token_type_ids)
 
     def forward(
         self,
@@ -188,22 +191,19 @@ def student_from_vilt(checkpoint: str | Path, labels: Sequence[str], dropout: fl
     """A student whose towers both start from a ViLT checkpoint, as the paper does; the head is new.
 
     Raises:
-        TeacherError: the checkpoint is missing or no ViLT.
+        TeacherError: the checkpoint is missing, incomplete, or no ViLT.
     """
     path = resolve(checkpoint)
     config = read_config(path)
-    try:
-        source = ViltModel.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TeacherError(f"{checkpoint}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    # A checkpoint of masked language modelling has no pooler; both towers then start from the same random one.
+    source = load_weights(ViltModel, path, config, optional="pooler")
     student = new_student(config, labels, dropout)
     embeddings = source.embeddings
     types = embeddings.token_type_embeddings.weight
     for tower in (student.text_tower, student.image_tower):
         tower.encoder.load_state_dict(source.encoder.state_dict())
         tower.layernorm.load_state_dict(source.layernorm.state_dict())
-        if source.pooler is not None:
-            tower.pooler.load_state_dict(source.pooler.state_dict())
+        tower.pooler.load_state_dict(source.pooler.state_dict())
     with torch.no_grad():
         student.text_tower.text_embeddings.load_state_dict(embeddings.text_embeddings.state_dict())
         student.text_tower.token_type.copy_(types[0])

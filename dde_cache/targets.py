@@ -113,10 +113,20 @@ class CacheTargets:
         shards: the shards that pair numbers refer to.
         layer: which of the cache's layers.
         attention: whether to read maps.
+        padded_queries: whether to read padded query rows, which the cache must then have.
     """
 
-    def __init__(self, cache: Cache, shards: Sequence[Shard], layer: int, *, attention: bool = True) -> None:
-        self._cache, self._layer, self._attention = cache, layer, attention
+    def __init__(
+        self,
+        cache: Cache,
+        shards: Sequence[Shard],
+        layer: int,
+        *,
+        attention: bool = True,
+        padded_queries: bool = False,
+    ) -> None:
+        self._cache, self._layer = cache, layer
+        self._attention, self._padded_queries = attention, padded_queries
         self._entries = {entry.source: entry for entry in cache.manifest.units}
         self._sources = [shard.name for shard in shards]
         self._start()
@@ -185,8 +195,8 @@ class CacheTargets:
         """Read the targets of a batch, still encoded; one row a pair.
 
         Returns:
-            `logits` [b, c] where the cache has predictions; with attention also `text_tokens` [b], `grid` [b, 2], and
-            for both directions `index`, `weight` [b, h, q, s] and `tail` [b, h, q].
+            `logits` [b, c] where the cache has predictions; with attention also `token_ids` [b, t] (0 where padded),
+            `grid` [b, 2], and for both directions `index`, `weight` [b, h, q, s] and `tail` [b, h, q].
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
@@ -202,11 +212,14 @@ class CacheTargets:
         if not self._attention:
             return batch
         places = self._records(pairs, "first_record")
-        maps = [self._units(shard).unit.maps for shard, _ in places]
-        text = np.array([columns.text_tokens[row] for columns, (_, row) in zip(maps, places, strict=True)])
-        grid = np.array([columns.grid[row] for columns, (_, row) in zip(maps, places, strict=True)])
-        batch |= {"text_tokens": torch.from_numpy(text), "grid": torch.from_numpy(grid)}
-        every = self._cache.spec.queries == "all"
+        maps = [(self._units(shard).unit.maps, row) for shard, row in places]
+        text = np.array([columns.text_tokens[row] for columns, row in maps])
+        grid = np.array([columns.grid[row] for columns, row in maps])
+        ids = np.zeros((len(maps), int(text.max())), dtype=np.int64)
+        for number, (columns, row) in enumerate(maps):
+            ids[number, : text[number]] = columns.token_ids[row, : text[number]]
+        batch |= {"token_ids": torch.from_numpy(ids), "grid": torch.from_numpy(grid)}
+        every = self._padded_queries
         queries = {
             "t2i": self._cache.spec.text_length if every else int(text.max()),
             "i2t": int(grid.prod(-1).max()) + 1 + int(every),
@@ -244,3 +257,21 @@ class CacheTargets:
 def decoded(batch: Mapping[str, Tensor], direction: str) -> SparseAttention:
     """Decode one direction of a batch's targets, on whatever device they are."""
     return decode(EncodedAttention(*(batch[f"target.{direction}.{part}"] for part in ("index", "weight", "tail"))))
+
+
+def teacher_logits(cache: Cache, shards: Sequence[Shard]) -> Mapping[tuple[str, int], Tensor]:
+    """The teacher's logits of some shards, by (key, text slot); samples are checked against what the teacher saw.
+
+    Raises:
+        CacheError: the cache has no logits, or shards and cache hold different samples.
+    """
+    if cache.labels is None:
+        raise CacheError(f"{cache.folder}: expected the teacher's logits, but its teacher has no task head")
+    table = join(shards, cache, "error").table
+    reader = CacheTargets(cache, shards, cache.spec.layers[-1], attention=False)
+    for number, shard in enumerate(shards):
+        for sample in shard:
+            reader.check(number, sample)
+    pairs = [table[number] for number in range(len(table))]
+    logits = reader.targets(pairs)["logits"]
+    return {(pair.key, pair.text): row for pair, row in zip(pairs, logits, strict=True)}

@@ -22,12 +22,13 @@ from dde_cache.batches import (
     tokens_of,
 )
 from dde_cache.errors import InputError, TeacherError
-from dde_cache.evaluate import EvaluationReport, Predictions, accuracy, predict, report
-from dde_cache.fit import Fit, FitConfig, FitResult, Losses, Progress
+from dde_cache.fit import Fit, FitConfig, FitResult, Losses, Progress, open_run
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard, Text
+from dde_cache.scores import EvaluationReport, Predictions, accuracy, predict, report
 from dde_cache.stream import BatchOrder, PairTable
 from dde_cache.teacher import read_config, resolve, task_logits
+from dde_cache.vilt import position_deviation
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -106,6 +107,7 @@ def train_teacher(
         order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps)
         return batch_loader(dataset, order, config.workers)
 
+    open_run(out / "training", config, resume=resume)
     fit = Fit(
         JointClassifier(vilt),
         _losses,
@@ -182,6 +184,9 @@ def _from_scratch(
             **_class_names(labels),
         )
     )
+    embeddings = model.vilt.embeddings
+    projection = embeddings.patch_embeddings.projection
+    nn.init.normal_(embeddings.position_embeddings, std=position_deviation(projection, model.config.initializer_range))
     return model, Preprocessor(ViltProcessor(images, tokenizer), config.patch_size, config.text_length)
 
 

@@ -6,6 +6,7 @@ two cross-modal blocks are computed from them, the whole attention never is.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     ViltConfig,
@@ -61,7 +63,7 @@ class TeacherOutput:
 
 
 def joint_pass(
-    vilt: nn.Module, tokens: TokenBatch, pictures: PixelBatch, image_slot: int = 0, padding: int = 0
+    vilt: Any, tokens: TokenBatch, pictures: PixelBatch, image_slot: int = 0, padding: int = 0
 ) -> tuple[Float[Tensor, "b w"] | None, Int[Tensor, "b v"]]:
     """Run ViLT on pairs with the image axis in row-major order.
 
@@ -94,10 +96,14 @@ def joint_pass(
     return output.pooler_output, mask
 
 
-def task_logits(model: nn.Module, tokens: TokenBatch, pictures: Sequence[PixelBatch]) -> Float[Tensor, "b c"]:
+def task_logits(model: Any, tokens: TokenBatch, pictures: Sequence[PixelBatch]) -> Float[Tensor, "b c"]:
     """Logits of a ViLT with a classification head, one joint pass a picture."""
-    pooled = [joint_pass(model.vilt, tokens, picture, slot)[0] for slot, picture in enumerate(pictures)]
-    return model.classifier(torch.cat(pooled, dim=-1))
+    return _classify(model, [joint_pass(model.vilt, tokens, picture, slot)[0] for slot, picture in enumerate(pictures)])
+
+
+def _classify(model: Any, pooled: Sequence[Float[Tensor, "b w"] | None]) -> Float[Tensor, "b c"]:
+    # A model with a classification head has a pooler.
+    return model.classifier(torch.cat([vector for vector in pooled if vector is not None], dim=-1))
 
 
 class FusionTeacher:
@@ -108,8 +114,8 @@ class FusionTeacher:
         preprocessor: its processor.
     """
 
-    def __init__(self, model: nn.Module, preprocessor: Preprocessor) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: Any, preprocessor: Preprocessor) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
         self.preprocessor = preprocessor
         self.config: ViltConfig = model.config
 
@@ -129,16 +135,7 @@ class FusionTeacher:
                 f"{name}: expected a fusion encoder that we can read attention from ({', '.join(_FAMILY)}), got "
                 f"{architecture}"
             )
-        try:
-            model, report = family.from_pretrained(path, config=config, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise TeacherError(f"{name}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
-        missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-        if missing:
-            raise TeacherError(
-                f"{name}: expected the weights of {architecture}, but {len(missing)} tensors are missing or of another "
-                f"shape, for example {missing[0]}; it would run with random numbers in their place"
-            )
+        model = load_weights(family, path, config)
         preprocessor = Preprocessor.load(path, config.patch_size, config.max_position_embeddings)
         words = len(preprocessor.processor.tokenizer)
         if words > config.vocab_size:
@@ -165,9 +162,9 @@ class FusionTeacher:
         return tuple(str(self.config.id2label[number]) for number in range(self.config.num_labels))
 
     @property
-    def images(self) -> int | None:
-        """How many images a sample must have, or None where the teacher takes any number."""
-        return int(self.config.num_images) if isinstance(self.model, ViltForImagesAndTextClassification) else None
+    def images(self) -> int:
+        """How many images a sample must have."""
+        return int(self.config.num_images) if isinstance(self.model, ViltForImagesAndTextClassification) else 1
 
     def weights_hash(self) -> str:
         """SHA-256 of every tensor's name, type, shape and bytes, whatever files they came in."""
@@ -192,7 +189,7 @@ class FusionTeacher:
         Raises:
             InputError: the teacher wants another number of pictures.
         """
-        if self.images not in (None, len(pictures)):
+        if self.images != len(pictures):
             raise InputError(f"expected {self.images} images a sample for this teacher, got {len(pictures)}")
         vilt = self.model.vilt if hasattr(self.model, "vilt") else self.model
         attention = {}
@@ -203,7 +200,7 @@ class FusionTeacher:
             pooled.append(pool)
             for layer in layers:
                 attention[slot, layer] = cross_attention(capture[layer], tokens.mask.bool(), image_mask)
-        logits = None if self.labels is None else self.model.classifier(torch.cat(pooled, dim=-1)).float()
+        logits = None if self.labels is None else _classify(self.model, pooled).float()
         return TeacherOutput(attention, logits)
 
 
@@ -219,9 +216,24 @@ def cross_attention(joint: QueryKey, text_mask: Int[Tensor, "b t"], image_mask: 
     )
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def resolve(name: str | Path) -> str:
-    """Turn `sample` into the folder of the teacher that ships with the package; leave everything else as it is."""
-    return str(Path(__file__).parent / "sample_teacher") if str(name) == SAMPLE_TEACHER else str(name)
+    """Turn `sample` into the folder of the teacher that ships with the package; leave folders and hub ids as they are.
+
+    Raises:
+        TeacherError: no such folder, and not the form of a hub id.
+    """
+    text = str(name)
+    if text == SAMPLE_TEACHER:
+        return str(Path(__file__).parent / "sample_teacher")
+    path = Path(text)
+    if not path.is_dir() and (path.exists() or path.parent.is_dir() or not _HUB_ID.fullmatch(text)):
+        raise TeacherError(
+            f"{text}: expected a checkpoint folder, a hub id (owner/name) or `{SAMPLE_TEACHER}`; no such folder"
+        )
+    return text
 
 
 def read_config(name: str) -> ViltConfig:
@@ -240,3 +252,30 @@ def read_config(name: str) -> ViltConfig:
     if not isinstance(config, ViltConfig):
         raise TeacherError(f"{name}: expected a fusion encoder (model_type vilt), got model_type {config.model_type}")
     return config
+
+
+def load_weights(family: Any, path: str, config: ViltConfig, optional: str | None = None) -> Any:
+    """Load a checkpoint into a model class, and see that nothing is left at random numbers.
+
+    Args:
+        family: a ViLT of Hugging Face.
+        path: folder or hub id.
+        config: its configuration.
+        optional: a module that the checkpoint may lack.
+
+    Raises:
+        TeacherError: the files cannot be read, or tensors are missing or of another shape.
+    """
+    try:
+        model, report = family.from_pretrained(path, config=config, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise TeacherError(f"{path}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if optional is not None:
+        missing = [name for name in missing if not name.startswith(f"{optional}.")]
+    if missing:
+        raise TeacherError(
+            f"{path}: expected the weights of {family.__name__}, but {len(missing)} tensors are missing or of another "
+            f"shape, for example {missing[0]}; it would run with random numbers in their place"
+        )
+    return model

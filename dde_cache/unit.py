@@ -5,6 +5,7 @@ The zip is written by us, members stored and sorted, times fixed: the same array
 """
 
 import hashlib
+import itertools
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ class MapColumns:
     passes: Int[np.ndarray, " r"]
     layer: Int[np.ndarray, " r"]
     text_tokens: Int[np.ndarray, " r"]
+    token_ids: Int[np.ndarray, "r t"]
     grid: Int[np.ndarray, "r 2"]
 
     @property
@@ -112,6 +114,7 @@ def _fill(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str, bytes]
         "pass": (arrays.maps.passes, np.uint8),
         "layer": (arrays.maps.layer, np.uint16),
         "text_tokens": (arrays.maps.text_tokens, np.uint16),
+        "token_ids": (arrays.maps.token_ids, np.uint32),
         "grid": (arrays.maps.grid, np.uint16),
     }
     for name, (column, dtype) in columns.items():
@@ -195,9 +198,7 @@ class Unit:
             name for name, group in self.attributes.groups.items() if group.required and name not in KNOWN_GROUPS
         ]
         if unknown:
-            raise CacheError(
-                f"{path}: requires {', '.join(unknown)}, which this version does not know; update dde-cache"
-            )
+            raise CacheError(f"{path}: requires {', '.join(unknown)}, unknown to this version; update dde-cache")
 
     def array(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Read rows of an array, for example `maps/t2i/index`.
@@ -218,7 +219,7 @@ class Unit:
         """Sample keys, in the order of the shard."""
         offsets = self.array("samples/key_offsets").astype(np.int64)
         text = self.array("samples/key_bytes").tobytes()
-        return [text[start:stop].decode() for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [text[start:stop].decode() for start, stop in itertools.pairwise(offsets)]
 
     @cached_property
     def content(self) -> np.ndarray:
@@ -228,7 +229,7 @@ class Unit:
     @cached_property
     def maps(self) -> MapColumns:
         """Columns of the maps table."""
-        names = ("sample", "text", "image", "view", "pass", "layer", "text_tokens", "grid")
+        names = ("sample", "text", "image", "view", "pass", "layer", "text_tokens", "token_ids", "grid")
         return MapColumns(*(self.array(f"maps/{name}").astype(np.int64) for name in names))
 
     @property

@@ -8,6 +8,7 @@ is computed here and handed to the stock model as `image_embeds`.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,6 +71,15 @@ def embed_patches(
     return tokens, token_mask(count, length).to(patches.device)
 
 
+def position_deviation(projection: nn.Conv2d, deviation: float) -> float:
+    """How large learned image positions should start: as large as the patch embedding of unit-variance pixels.
+
+    Hugging Face's ViLT starts them at 0, which suits fine-tuning. From random weights a small model then stays for
+    thousands of steps where it knows what is in a picture but not where.
+    """
+    return deviation * projection.weight[0].numel() ** 0.5
+
+
 class QueryKeyCapture:
     """The query and key projections of the last forward pass, per layer.
 
@@ -93,8 +103,13 @@ def _keep(store: dict[int, Tensor], layer: int, _module: nn.Module, _inputs: obj
 
 
 @contextmanager
-def capture_query_key(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[QueryKeyCapture]:
-    """Keep the query and key projections of `layers` of a stack of ViLT blocks while the context is open."""
+def capture_query_key(blocks: Any, layers: Sequence[int]) -> Iterator[QueryKeyCapture]:
+    """Keep the query and key projections of `layers` of a stack of ViLT blocks while the context is open.
+
+    Args:
+        blocks: a `ModuleList` of `ViltLayer`.
+        layers: which of them, 0-based.
+    """
     capture = QueryKeyCapture()
     handles = []
     for layer in layers:

@@ -1,0 +1,127 @@
+"""`dde-cache train`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from dde_cache.configs import read_yaml, resolve_config
+from dde_cache.errors import InputError
+from dde_cache.fit import Progress as FitProgress
+from dde_cache.samples import open_shards
+from dde_cache.store import Cache
+from dde_cache.targets import OnMissing
+from dde_cache.teacher import FusionTeacher
+from dde_cache.train import (
+    PRESETS,
+    CachedTargets,
+    OnlineTargets,
+    Targets,
+    TrainConfig,
+    labels_only,
+    lacking_of_preset,
+)
+from dde_cache.train import train as run_train
+
+from .console import console, errors, print_json, progress
+
+NONE = "none"
+
+
+def train(
+    shards: str = typer.Argument(help="Folder, tar or brace pattern of training shards."),
+    out: Path = typer.Option(..., help="Folder of the run."),
+    targets: str | None = typer.Option(None, help="Cache of targets, or `none` for labels only."),
+    teacher: str | None = typer.Option(None, help="Run this teacher at every step instead of reading a cache."),
+    like: str | None = typer.Option(
+        None, help="With --targets none: cache or teacher whose processor, answers and tower shape are taken."
+    ),
+    valid: str | None = typer.Option(
+        None, help="Shards that choose the best checkpoint; without it, the last is kept."
+    ),
+    init: str | None = typer.Option(None, help="ViLT checkpoint that both towers start from; without it, random."),
+    preset: str | None = typer.Option(None, help="A published recipe: dide."),
+    config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
+    set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
+    on_missing: str = typer.Option("error", help="Samples without targets, or the reverse: error or skip."),
+    steps: int | None = typer.Option(None),
+    batch_size: int | None = typer.Option(None, help="Pairs a step."),
+    learning_rate: float | None = typer.Option(None),
+    precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
+    seed: int | None = typer.Option(None),
+    tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
+    workers: int | None = typer.Option(None, help="Processes that read ahead."),
+    resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
+    json: bool = typer.Option(False, "--json", help="Print the record of the run as JSON."),
+) -> None:
+    """Train a dual encoder on SHARDS, with targets streamed from a cache."""
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"expected --preset {' or '.join(PRESETS)}, got {preset!r}")
+    values: dict[str, Any] = dict(PRESETS[preset]) if preset else {}
+    values |= dict(read_yaml(config)) if config else {}
+    flags = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "seed": seed,
+        "tail": tail,
+        "workers": workers,
+    }
+    values |= {name: value for name, value in flags.items() if value is not None}
+    settings = resolve_config(TrainConfig, None, set_, **values)
+    chosen = _targets(targets, teacher, like, on_missing, settings)
+    if preset:
+        for line in lacking_of_preset(preset, chosen, init):
+            errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
+    training, held_out = open_shards(shards), open_shards(valid) if valid else []
+    with progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}") as bar:
+        task = bar.add_task("train", total=settings.steps, loss="-", valid="-", wait="-")
+
+        def step(number: int, record: Mapping[str, float]) -> None:
+            wait = record["wait_seconds"] / max(record["seconds"], 1e-9)
+            bar.update(task, completed=number, loss=f"{record['loss']:.3f}", wait=f"{wait:.0%}")
+
+        record = run_train(
+            training,
+            chosen,
+            out,
+            settings,
+            init=init,
+            valid=held_out,
+            resume=resume,
+            about={"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset},
+            progress=FitProgress(step, lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}")),
+        )
+    if json:
+        print_json(record)
+        return
+    best = "" if record.best_accuracy is None else f", validation accuracy {record.best_accuracy:.3f}"
+    console.print(f"student of step {record.best_step or record.steps} saved in {out}/model{best}", highlight=False)
+
+
+def _targets(
+    targets: str | None, teacher: str | None, like: str | None, on_missing: str, settings: TrainConfig
+) -> Targets:
+    """Choose one source of targets from the options."""
+    if on_missing not in ("error", "skip"):
+        raise InputError(f"expected --on-missing error or skip, got {on_missing!r}")
+    if (targets is None) == (teacher is None):
+        raise InputError(
+            "expected one of --targets CACHE, --targets none (labels only) and --teacher TEACHER (online), got "
+            + ("none of them" if targets is None else "both")
+        )
+    if (like is not None) != (targets == NONE):
+        raise InputError("expected --like CACHE|TEACHER together with --targets none, and only there")
+    if like is not None:
+        return labels_only(like)
+    if targets is not None:
+        policy: OnMissing = "skip" if on_missing == "skip" else "error"
+        return CachedTargets(Cache(Path(targets)), policy)
+    loaded = FusionTeacher.load(str(teacher))
+    layer = loaded.layers - 1 if settings.layer is None else settings.layer
+    if layer >= loaded.layers:
+        raise InputError(f"expected layer up to {loaded.layers - 1} for this teacher, got {layer}")
+    return OnlineTargets(loaded, layer)

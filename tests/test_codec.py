@@ -1,0 +1,219 @@
+"""`expected_rows` is the codec's oracle: what docs/format.md says, in NumPy float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dde_cache.attention import SparseAttention, densify, mask_keys, sparsify
+from dde_cache.codec import EMPTY, RELATIVE_ERROR, EncodedAttention, decode, encode, from_numpy, index_dtype, pad_to
+from dde_cache.losses import dense_kl, sparse_kl
+
+WEIGHTS = ("log8", "float16", "float32")
+SMALLEST = {"log8": 2**-15.875, "float16": 2**-14, "float32": 2.0**-126}
+"""Below these a weight's relative error is not bounded by `RELATIVE_ERROR`."""
+
+
+def draw(seed, spread, k=None, shape=(2, 2, 3, 12), masked=True):
+    """Attention rows, their top k, and the key mask; the ratio of two weights is at most exp(2 * spread)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.rand(shape, generator=generator) * 2 - 1) * spread
+    mask = torch.ones(shape[0], shape[3], dtype=torch.bool)
+    if masked:
+        mask = torch.rand(shape[0], shape[3], generator=generator) > 0.3
+        mask[:, 3] = True
+    attention = mask_keys(logits, mask).softmax(-1)
+    return attention, sparsify(attention, k), mask
+
+
+seeds = st.integers(0, 2**32)
+spreads = st.sampled_from([0.1, 1.0, 3.0, 10.0, 40.0])
+slots = st.none() | st.integers(1, 12)
+
+
+def expected_rows(sparse, weights):
+    weight, tail = sparse.weight.double().numpy(), sparse.tail.double().numpy()
+    if weights == "log8":
+        code = np.clip(np.round(-16 * np.log2(np.where(weight > 0, weight, 1))), 0, 254)
+        stored = np.where(weight > 0, 2 ** (-code / 16), 0)
+    else:
+        stored = weight.astype(weights).astype(float)
+    tail = tail if weights == "float32" else tail.astype(np.float16).astype(float)
+    return stored * ((1 - tail) / stored.sum(-1))[..., None], tail
+
+
+def stored_weight(encoded):
+    """Weights before the row is scaled."""
+    if encoded.weight.dtype != torch.uint8:
+        return encoded.weight.double()
+    code = encoded.weight.long().cumsum(-1)
+    return torch.where(code == EMPTY, 0, 2 ** (-code.double() / 16))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=60, deadline=None)
+@given(seeds, spreads, slots)
+def test_decoded_rows_are_those_of_the_specification(weights, seed, spread, k):
+    _, sparse, _ = draw(seed, spread, k)
+    decoded = decode(encode(sparse, weights, 12))
+    weight, tail = expected_rows(sparse, weights)
+    codes = -16 * np.log2(np.where(sparse.weight > 0, sparse.weight, 1).astype(float))
+    clear = (np.abs(codes % 1 - 0.5) > 1e-4).all(-1)  # halfway between two codes, rounding may go either way
+    np.testing.assert_allclose(decoded.weight.numpy()[clear], weight[clear], rtol=2e-6, atol=1e-12)
+    np.testing.assert_allclose(decoded.tail.numpy(), tail, rtol=1e-6)
+    assert decoded.weight.dtype == decoded.tail.dtype == torch.float32
+    held = decoded.weight > 0
+    assert torch.equal(decoded.index[held], sparse.index[held])
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=60, deadline=None)
+@given(seeds, spreads, slots)
+def test_kept_and_tail_sum_to_one(weights, seed, spread, k):
+    _, sparse, _ = draw(seed, spread, k)
+    decoded = decode(encode(sparse, weights, 12))
+    np.testing.assert_allclose((decoded.weight.sum(-1) + decoded.tail).numpy(), 1, atol=1e-6)
+    assert (decoded.weight.diff(dim=-1) <= 0).all(), "weights fall along the slots"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=60, deadline=None)
+@given(seeds, spreads, slots)
+def test_stored_weights_keep_the_stated_relative_error(weights, seed, spread, k):
+    _, sparse, _ = draw(seed, spread, k)
+    stored, weight = stored_weight(encode(sparse, weights, 12)), sparse.weight.double()
+    held = weight >= SMALLEST[weights]
+    relative = (stored[held] / weight[held] - 1).abs()
+    assert (relative <= RELATIVE_ERROR[weights] + 1e-6).all()
+    if weights == "log8":
+        small = (weight > 0) & (weight < SMALLEST["log8"])
+        assert torch.allclose(stored[small], torch.tensor(SMALLEST["log8"], dtype=torch.double))
+    assert (stored[weight == 0] == 0).all()
+
+
+def test_the_stated_relative_errors_are_reached():
+    weight = torch.linspace(0.5, 1, 20_001).flip(0)[:, None, None, None]
+    sparse = SparseAttention(torch.zeros_like(weight, dtype=torch.long), weight, 1 - weight[..., 0])
+    for weights in ("log8", "float16"):
+        relative = (stored_weight(encode(sparse, weights, 1)) / weight.double() - 1).abs().max()
+        assert relative == pytest.approx(RELATIVE_ERROR[weights], rel=0.02)
+    assert RELATIVE_ERROR["log8"] < 0.022
+
+
+def kl_excess_bound(weights, sparse, exact_kl):
+    """How far quantisation may move the loss of a row.
+
+    Let p be a row's outcomes (kept keys and the tail), p' the decoded ones, s the student's, and p'/p in [e^-e, e^e].
+    KL(p'||s) - KL(p||s) = KL(p'||p) + sum (p' - p) log(p/s). The first term is at most e, the second at most
+    (e^e - 1) sum p |log(p/s)|, and sum p |log(p/s)| <= KL(p||s) + 2/exp(1), as x log(1/x) <= 1/exp(1).
+
+    Scaling a row moves a weight by as much as the row's weights were off together, so e is twice the codec's error,
+    and what the tail's rounding (half a unit in the last place of float16: 2^-12 near 1, relative 2^-11) adds to it.
+    """
+    kept = sparse.weight.sum(-1)
+    e = torch.full_like(kept, 2 * math.log1p(RELATIVE_ERROR[weights]))
+    if weights != "float32":
+        rounding = torch.minimum(torch.full_like(kept, 2**-12), sparse.tail * 2**-11)
+        e = torch.maximum(e - torch.log1p(-rounding / kept), torch.full_like(kept, -math.log1p(-(2**-11))))
+    return e + torch.expm1(e) * (exact_kl + 2 / math.e) + 2e-6 * (1 + exact_kl)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.sampled_from([0.1, 1.0, 3.0]), slots, st.sampled_from([0.1, 1.0, 4.0, 15.0]))
+def test_quantisation_moves_the_loss_by_no_more_than_its_bound(weights, seed, spread, k, student_spread):
+    attention, sparse, mask = draw(seed, spread, k)
+    assert (sparse.weight[sparse.weight > 0] > 2**-14).all()
+    generator = torch.Generator().manual_seed(seed + 1)
+    logits = torch.randn(attention.shape, generator=generator) * student_spread
+    student = mask_keys(logits, mask).log_softmax(-1)
+    exact, dense = sparse_kl(sparse, student, mask), dense_kl(attention, student)
+    quantised = sparse_kl(decode(encode(sparse, weights, 12)), student, mask)
+    bound = kl_excess_bound(weights, sparse, exact)
+    assert ((quantised - exact).abs() <= bound).all()
+    assert (quantised <= dense + kl_excess_bound(weights, sparse, dense)).all()
+    assert (quantised >= -1e-6).all()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=40, deadline=None)
+@given(seeds, spreads, slots, st.integers(0, 3), st.integers(0, 3))
+def test_padding_then_decoding_is_decoding_then_padding(weights, seed, spread, k, more_queries, more_slots):
+    _, sparse, _ = draw(seed, spread, k)
+    encoded = encode(sparse, weights, 12)
+    queries, width = sparse.index.shape[2] + more_queries, sparse.index.shape[3] + more_slots
+    padded, plain = decode(pad_to(encoded, queries, width)), decode(encoded)
+    grow = (0, more_slots, 0, more_queries)
+    assert torch.equal(padded.index, torch.nn.functional.pad(plain.index, grow))
+    torch.testing.assert_close(padded.weight, torch.nn.functional.pad(plain.weight, grow), atol=0, rtol=1e-6)
+    assert torch.equal(padded.tail, torch.nn.functional.pad(plain.tail, (0, more_queries)))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_short_rows_keep_every_key(weights):
+    attention, _, mask = draw(0, 1.0, k=6)
+    mask = mask & (mask.cumsum(-1) <= 4)
+    attention = attention * mask[:, None, None]
+    attention = attention / attention.sum(-1, keepdim=True)
+    decoded = decode(encode(sparsify(attention, 6), weights, 12))
+    assert (decoded.tail == 0).all()
+    assert ((decoded.weight > 0).sum(-1) == mask.sum(-1)[:, None, None]).all()
+    torch.testing.assert_close(densify(decoded, 12), attention, atol=0, rtol=2.01 * RELATIVE_ERROR[weights] + 1e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("keys", [1, 256, 257, 2**15, 2**15 + 1])
+def test_indices_of_any_key_axis_survive(weights, keys):
+    weight = torch.tensor([0.5, 0.25]).expand(1, 1, 1, 2)[..., : min(keys, 2)]
+    index = torch.tensor([keys - 1, 0]).expand(1, 1, 1, 2)[..., : min(keys, 2)]
+    encoded = encode(SparseAttention(index, weight, 1 - weight.sum(-1)), weights, keys)
+    assert encoded.index.dtype == index_dtype(keys)
+    assert torch.equal(decode(encoded).index, index)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_row_without_weights_decodes_to_zeros(weights):
+    zeros = torch.zeros(1, 1, 2, 3)
+    decoded = decode(encode(SparseAttention(zeros.long(), zeros, zeros[..., 0]), weights, 9))
+    assert (decoded.weight == 0).all()
+    assert (decoded.tail == 0).all()
+
+
+def test_log8_takes_two_bytes_a_weight_and_two_a_tail():
+    _, sparse, _ = draw(0, 1.0, k=4)
+    rows = 2 * 2 * 3
+    assert encode(sparse, "log8", 12).nbytes == rows * (4 * 2 + 2)
+    assert encode(sparse, "float32", 12).nbytes == rows * (4 * 5 + 4)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_take_picks_records_and_cuts_query_rows(weights):
+    _, sparse, _ = draw(0, 3.0, k=4, shape=(4, 2, 5, 12))
+    encoded = encode(sparse, weights, 12)
+    taken, whole = decode(encoded.take(torch.tensor([2, 0, 2]), 3)), decode(encoded)
+    torch.testing.assert_close(taken.weight, whole.weight[[2, 0, 2], :, :3], atol=0, rtol=1e-6)
+    assert torch.equal(taken.index, whole.index[[2, 0, 2], :, :3])
+    assert torch.equal(taken.tail, whole.tail[[2, 0, 2], :, :3])
+
+
+def test_arrays_from_a_disk_are_wrapped_without_a_copy():
+    _, sparse, _ = draw(0, 3.0, k=4)
+    encoded = encode(sparse, "log8", 12)
+    index, weight, tail = encoded.index.numpy(), encoded.weight.numpy(), encoded.tail.numpy()
+    wrapped = from_numpy(index, weight, tail)
+    assert isinstance(wrapped, EncodedAttention)
+    assert torch.equal(decode(wrapped).weight, decode(encoded).weight)
+    assert wrapped.weight.data_ptr() == weight.__array_interface__["data"][0]
+
+
+def test_log8_bytes_are_frozen():
+    """The codec is a contract: these codes must never change."""
+    weight = torch.tensor([[[[1.0, 0.0, 0.0], [0.5, 0.25, 0.25], [0.9, 1e-9, 0.0]]]])
+    index = torch.tensor([[[[2, 0, 0], [3, 0, 1], [1, 2, 0]]]])
+    encoded = encode(SparseAttention(index, weight, torch.tensor([[[0.0, 0.0, 0.1]]])), "log8", 4)
+    assert encoded.weight.tolist() == [[[[0, 255, 0], [16, 16, 0], [2, 252, 1]]]]
+    assert encoded.index.dtype == torch.uint8
+    assert encoded.tail.dtype == torch.float16
