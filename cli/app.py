@@ -1,32 +1,85 @@
 """`dde-cache`: one file a command."""
 
 import errno
-import sys
+import importlib
+import os
 import warnings
+from typing import Any
 
-import transformers
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 from dde_cache import __version__
 from dde_cache.errors import DdeCacheError
 
-from . import data, teacher
 from .console import errors
-from .eval import eval_
-from .extract import extract
-from .inspect import inspect
-from .train import train
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Cross-modal attention targets."
-)
-app.add_typer(data.app, name="data", help="Turn pictures and questions into WebDataset shards.")
-app.add_typer(teacher.app, name="teacher", help="Train a fusion teacher of your own.")
-app.command()(extract)
-app.command()(inspect)
-app.command()(train)
-app.command(name="eval")(eval_)
+COMMANDS = {
+    "data": "Turn pictures and questions into WebDataset shards.",
+    "teacher": "Train a fusion teacher of your own.",
+    "extract": "Run the teacher once over shards and keep what it saw.",
+    "inspect": "Show what is in a cache.",
+    "train": "Train a dual encoder, with targets streamed from a cache.",
+    "eval": "Accuracy of a student or a teacher by kind of question.",
+    "demo": "The whole road with the sample teacher, and one table.",
+}
+
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+class Commands(TyperGroup):
+    """The commands, each imported when it is called: torch and transformers take seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Name the commands in the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return what the help page needs of a command."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Import the command that was asked for."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _load(str(name)), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command: exit code 1 on a user's error, 130 on Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            errors.print("[bold yellow]stopped.[/] Finished parts are kept; run the same command again to go on.")
+            errors.print("(A training run goes on with --resume.)", highlight=False)
+            raise typer.Exit(130) from stop
+        except DdeCacheError as error:
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno not in _DISK + _PLACE:
+                raise
+            what = escape(str(error.filename or "the output"))
+            advice = "make room (or choose another --out)" if error.errno in _DISK else "choose another path"
+            errors.print(
+                f"[bold red]error:[/] expected to write {what}, got {escape(str(error.strerror))}; {advice} and run "
+                "the same command again",
+                highlight=False,
+            )
+            raise typer.Exit(1) from error
+
+
+def _load(name: str) -> Any:
+    """Import the file of a command (`eval_` and the like: its function or its own Typer application)."""
+    module = importlib.import_module(f".{name}", __package__)
+    if hasattr(module, "app"):
+        return typer.main.get_command(module.app)
+    single = typer.Typer(add_completion=False)
+    single.command(name)(getattr(module, name, None) or getattr(module, f"{name}_"))
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -38,23 +91,8 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main() -> None:
-    """Run the command line: 0 on success, 1 on a user's error, 130 on Ctrl-C."""
-    transformers.utils.logging.disable_progress_bar()
+    """Run the command line."""
+    # Hugging Face's own bars would be drawn into ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate)\b.*")
-    try:
-        app()
-    except DdeCacheError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("[bold yellow]stopped.[/] Finished parts are kept; run the same command again to go on.")
-        sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        errors.print(
-            f"[bold red]error:[/] expected to write {escape(str(error.filename or 'the output'))}, got "
-            f"{escape(str(error.strerror))}; make room (or choose another --out) and run the same command again",
-            highlight=False,
-        )
-        sys.exit(1)
+    app()

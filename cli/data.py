@@ -31,7 +31,7 @@ class SourceName(StrEnum):
 
 
 _OPTIONS_OF = {
-    SourceName.shapes: ("count", "grid", "cell", "texts", "seed"),
+    SourceName.shapes: ("count", "grid", "cell", "texts", "kinds", "seed"),
     SourceName.easy_vqa: (),
     SourceName.nlvr: ("from",),
     SourceName.jsonl: ("from",),
@@ -51,6 +51,7 @@ def import_(
     from_: Path | None = typer.Option(None, "--from", help="nlvr: the folder or tar; jsonl: the file of lines."),
     count: int | None = typer.Option(None, help="shapes: pictures (1000)."),
     texts: int | None = typer.Option(None, help="shapes: questions a picture (6)."),
+    kinds: str | None = typer.Option(None, help="shapes: kinds in turn, with commas (exists,row,neighbour)."),
     grid: int | None = typer.Option(None, help="shapes: cells a side (3)."),
     cell: int | None = typer.Option(None, help="shapes: pixels a cell (12)."),
     seed: int | None = typer.Option(None, help="shapes: seed (0)."),
@@ -61,6 +62,7 @@ def import_(
 ) -> None:
     """Check every sample of SOURCE and write them as shards, or list all that is wrong and write nothing."""
     given = {"from": from_, "count": count, "grid": grid, "cell": cell, "texts": texts, "seed": seed}
+    given["kinds"] = None if kinds is None else tuple(kinds.split(","))
     options = {name: value for name, value in given.items() if value is not None}
     found = _source(source, split, options)
     allowed = _labels(labels)

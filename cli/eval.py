@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 
 from dde_cache.evaluate import evaluate, load_subject
 from dde_cache.samples import open_shards
@@ -25,16 +26,16 @@ def eval_(
     loaded = load_subject(subject, device)
     opened = open_shards(shards)
     with progress() as bar:
-        task = bar.add_task("eval", total=sum(len(sample.texts) for shard in opened for sample in shard))
+        task = bar.add_task("eval", total=sum(len(sample.texts) for shard in opened for sample in shard), visible=False)
         found = evaluate(
             loaded,
             opened,
             cache=Cache(targets) if targets else None,
             baseline_shards=open_shards(baseline) if baseline else (),
             batch_size=batch_size,
-            advance=lambda pairs: bar.update(task, advance=pairs),
+            advance=lambda pairs: bar.update(task, advance=pairs, visible=True),
         )
     if json:
         print_json(found)
     else:
-        console.print(score_table(found, f"{subject} on {shards}"))
+        console.print(score_table(found, escape(f"{subject} on {shards}")))

@@ -1,8 +1,11 @@
 """`dde-cache extract`."""
 
+import time
 from pathlib import Path
 
 import typer
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from dde_cache.configs import resolve_config
@@ -10,6 +13,7 @@ from dde_cache.errors import InputError
 from dde_cache.extract import ExtractConfig, ExtractProgress, ExtractSummary
 from dde_cache.extract import extract as run_extract
 from dde_cache.samples import open_shards
+from dde_cache.spec import UnitEntry
 
 from .console import console, errors, print_json, progress
 
@@ -47,36 +51,37 @@ def extract(
     if k == "all":
         settings = settings.model_copy(update={"k": None})
     opened = open_shards(shards)
-    with progress("{task.speed:.0f} pairs/s", "kept {task.fields[kept]}", "{task.fields[size]}") as bar:
-        task = bar.add_task("extract", total=None, kept="-", size="-")
-        sizes = {"bytes": 0, "pairs": 0}
-
-        def start(pairs: int, finished: int, grid: str) -> None:
-            bar.update(task, total=pairs)
-            errors.print(f"pictures {grid}", highlight=False)
-            if finished:
-                errors.print(f"{finished:,} pairs are in finished units and are skipped", highlight=False)
-
-        def unit(entry) -> None:  # type: ignore[no-untyped-def]
-            sizes["bytes"] += entry.size
-            sizes["pairs"] += entry.pairs
-            bar.update(task, size=f"{sizes['bytes'] / sizes['pairs']:,.0f} B/pair")
-
-        summary = run_extract(
-            opened,
-            teacher,
-            out,
-            settings,
-            ExtractProgress(
-                start=start,
-                batch=lambda pairs, kept: bar.update(task, advance=pairs, kept=f"{kept:.3f}"),
-                unit=unit,
-            ),
-        )
+    with progress("{task.fields[rate]} pairs/s", "kept {task.fields[kept]}", "{task.fields[size]}") as bar:
+        summary = run_extract(opened, teacher, out, settings, _watch(bar))
     if json:
         print_json(summary)
     else:
         console.print(_summary_table(summary, out))
+
+
+def _watch(bar: Progress) -> ExtractProgress:
+    """Draw an extraction's progress."""
+    task = bar.add_task("extract", total=None, visible=False, rate="-", kept="-", size="-")
+    sizes = {"bytes": 0, "pairs": 0}
+    begin = time.perf_counter()
+
+    def start(pairs: int, finished: int, grid: str) -> None:
+        bar.update(task, total=pairs, visible=True)
+        errors.print(f"pictures {grid}", highlight=False)
+        if finished:
+            errors.print(f"{finished:,} pairs are in finished units and are skipped", highlight=False)
+
+    def batch(pairs: int, kept: float) -> None:
+        done = bar.tasks[task].completed + pairs
+        rate = done / (time.perf_counter() - begin)
+        bar.update(task, completed=done, rate=f"{rate:,.0f}", kept=f"{kept:.3f}")
+
+    def unit(entry: UnitEntry) -> None:
+        sizes["bytes"] += entry.size
+        sizes["pairs"] += entry.pairs
+        bar.update(task, size=f"{sizes['bytes'] / sizes['pairs']:,.0f} B/pair")
+
+    return ExtractProgress(start, batch, unit)
 
 
 def _kept(k: str | None) -> int | None:
@@ -98,7 +103,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _summary_table(summary: ExtractSummary, out: Path) -> Table:
-    table = Table(title=f"targets in {out}", show_header=False)
+    table = Table(title=escape(f"targets in {out}"), show_header=False)
     rate = summary.pairs / summary.seconds
     rows = {
         "pairs extracted": f"{summary.pairs:,} in {summary.seconds:.1f} s ({rate:,.0f} pairs/s)",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from dde_cache.store import Cache
@@ -38,7 +39,7 @@ def inspect(
 
 def _identity_table(summary: CacheSummary, cache: Path) -> Table:
     spec = summary.spec
-    table = Table(title=str(cache), show_header=False)
+    table = Table(title=escape(str(cache)), show_header=False)
     labels = "none" if summary.labels is None else f"{len(summary.labels)} answers ({_first(summary.labels)})"
     rows = {
         "fingerprint": summary.fingerprint[:16],
@@ -57,7 +58,7 @@ def _identity_table(summary: CacheSummary, cache: Path) -> Table:
         "made on": f"{summary.provenance.device}, batches of {summary.provenance.batch_size}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -82,9 +83,9 @@ def _links_table(links: PairLinks) -> Table:
     answer = ""
     if links.logits:
         answer = f"\nteacher: {max(links.logits, key=links.logits.__getitem__)}"
-    table = Table(title=f"{links.key}, text {links.text}, layer {links.layer}{answer}")
+    table = Table(title=escape(f"{links.key}, text {links.text}, layer {links.layer}{answer}"))
     table.add_column("word")
     table.add_column("strongest image tokens (mean over heads)")
     for word in links.words:
-        table.add_row(word.word, "; ".join(f"{link.image_token} ({link.weight:.2f})" for link in word.links))
+        table.add_row(escape(word.word), "; ".join(f"{link.image_token} ({link.weight:.2f})" for link in word.links))
     return table

@@ -1,5 +1,6 @@
 """Reports as tables that fit 80 columns."""
 
+from rich.markup import escape
 from rich.table import Table
 
 from dde_cache.scores import EvaluationReport
@@ -22,7 +23,7 @@ def score_table(report: EvaluationReport, title: str) -> Table:
         table.add_column(_COLUMNS[name], justify="right")
     for kind, score in [*report.kinds.items(), ("all", report.overall)]:
         table.add_row(
-            kind,
+            escape(kind),
             f"{score.pairs:,}",
             *(f"{getattr(score, name):.3f}" for name in shown),
             style="bold" if kind == "all" else None,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 
 from dde_cache.configs import resolve_config
 from dde_cache.fit import Progress as FitProgress
@@ -49,10 +50,10 @@ def train(
     )
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
     with progress("loss {task.fields[loss]}", "valid {task.fields[valid]}") as bar:
-        task = bar.add_task("teacher", total=settings.steps, loss="-", valid="-")
+        task = bar.add_task("teacher", total=settings.steps, visible=False, loss="-", valid="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
-            bar.update(task, completed=number, loss=f"{record['loss']:.3f}")
+            bar.update(task, completed=number, visible=True, loss=f"{record['loss']:.3f}")
 
         def valid_accuracy(number: int, accuracy: float) -> None:
             bar.update(task, completed=number, valid=f"{accuracy:.3f}")
@@ -68,5 +69,5 @@ def train(
             progress=FitProgress(step, valid_accuracy),
         )
     if taught.score is not None:
-        console.print(score_table(taught.score, f"{out} on {valid}"))
+        console.print(score_table(taught.score, escape(f"{out} on {valid}")))
     console.print(f"teacher saved in {out}", highlight=False)

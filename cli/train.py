@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.markup import escape
 
-from dde_cache.configs import read_yaml, resolve_config
+from dde_cache.configs import resolve_config
 from dde_cache.errors import InputError
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.samples import open_shards
@@ -59,30 +58,30 @@ def train(
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
     if preset is not None and preset not in PRESETS:
         raise InputError(f"expected --preset {' or '.join(PRESETS)}, got {preset!r}")
-    values: dict[str, Any] = dict(PRESETS[preset]) if preset else {}
-    values |= dict(read_yaml(config)) if config else {}
-    flags = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "precision": precision,
-        "seed": seed,
-        "tail": tail,
-        "workers": workers,
-    }
-    values |= {name: value for name, value in flags.items() if value is not None}
-    settings = resolve_config(TrainConfig, None, set_, **values)
+    settings = resolve_config(
+        TrainConfig,
+        config,
+        set_,
+        PRESETS[preset] if preset else None,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        precision=precision,
+        seed=seed,
+        tail=tail,
+        workers=workers,
+    )
     chosen = _targets(targets, teacher, like, on_missing, settings)
     if preset:
         for line in lacking_of_preset(preset, chosen, init):
             errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
     with progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}") as bar:
-        task = bar.add_task("train", total=settings.steps, loss="-", valid="-", wait="-")
+        task = bar.add_task("train", total=settings.steps, visible=False, loss="-", valid="-", wait="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
             wait = record["wait_seconds"] / max(record["seconds"], 1e-9)
-            bar.update(task, completed=number, loss=f"{record['loss']:.3f}", wait=f"{wait:.0%}")
+            bar.update(task, completed=number, visible=True, loss=f"{record['loss']:.3f}", wait=f"{wait:.0%}")
 
         record = run_train(
             training,

@@ -1,5 +1,6 @@
 """Pairs -> batches of tensors, read in worker processes."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -135,20 +136,53 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
+def torch_device(name: str) -> torch.device:
+    """Parse `cpu`, `cuda`, `cuda:1`, ...
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"expected --device cpu or a GPU that torch can use here, got {name!r}: {first}") from error
+    return device
+
+
 def batch_loader(dataset: PairDataset, order: BatchOrder | Sequence[list[int]], workers: int) -> DataLoader[Batch]:
     """Read batches in the given order, `workers` processes ahead (0: in this process)."""
     return DataLoader(
         dataset,
-        batch_sampler=order,  # type: ignore[arg-type]
-        collate_fn=_whole,
+        batch_sampler=order,
+        collate_fn=_whole,  # type: ignore[arg-type]  # `__getitems__` returns a batch, no list
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_interrupts,
     )
+
+
+def _leave_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _whole(batch: Batch) -> Batch:
     return batch
+
+
+def check_batch_size(table: PairTable, batch_size: int) -> None:
+    """Refuse data that does not fill one batch.
+
+    Raises:
+        InputError: there are fewer pairs.
+    """
+    if len(table) < batch_size:
+        raise InputError(
+            f"expected at least one batch of {batch_size} pairs, got {len(table)} pairs; lower --batch-size"
+        )
 
 
 def check_labels(shards: Sequence[Shard], labels: Sequence[str], where: str) -> None:

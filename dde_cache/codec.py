@@ -6,6 +6,7 @@ promises. Weights fall along the slots, so the codes rise, and their differences
 stored. Code 255 is an empty slot.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,10 @@ EMPTY = 255
 """`log8` code of a slot without a weight."""
 
 STEPS_AN_OCTAVE = 16
+
+# A table, because exp2 rounds by position in the tensor: one code, two weights.
+_WEIGHT_OF_CODE = torch.exp2(torch.arange(EMPTY + 1, dtype=torch.float64) / -STEPS_AN_OCTAVE).float()
+_WEIGHT_OF_CODE[EMPTY] = 0
 
 RELATIVE_ERROR: dict[Weights, float] = {
     "log8": 2 ** (0.5 / STEPS_AN_OCTAVE) - 1,
@@ -38,15 +43,14 @@ class EncodedAttention:
     tail: Float[Tensor, "b h q"]
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, weight and tail."""
+        return self.index, self.weight, self.tail
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the three tensors."""
-        return self.index.nbytes + self.weight.nbytes + self.tail.nbytes
-
-    def take(self, rows: Int[Tensor, " n"], queries: int) -> "EncodedAttention":
-        """Some records, with at most `queries` query rows."""
-        return EncodedAttention(
-            self.index[:, :, :queries][rows], self.weight[:, :, :queries][rows], self.tail[:, :, :queries][rows]
-        )
+        return sum(part.nbytes for part in self.parts)
 
 
 def index_dtype(keys: int) -> torch.dtype:
@@ -82,8 +86,8 @@ def decode(encoded: EncodedAttention) -> SparseAttention:
     A row without any kept weight (padding of the arrays) decodes to zeros.
     """
     if encoded.weight.dtype == torch.uint8:
-        code = encoded.weight.to(torch.int32).cumsum(-1, dtype=torch.int32)
-        weight = torch.where(code < EMPTY, torch.exp2(code.float() / -STEPS_AN_OCTAVE), 0.0)
+        code = encoded.weight.cumsum(-1, dtype=torch.int64).clamp_max(EMPTY)
+        weight = _WEIGHT_OF_CODE.to(code.device).take(code)
     else:
         weight = encoded.weight.float()
     tail = encoded.tail.float()
@@ -95,6 +99,19 @@ def decode(encoded: EncodedAttention) -> SparseAttention:
 def from_numpy(index: np.ndarray, weight: np.ndarray, tail: np.ndarray) -> EncodedAttention:
     """Wrap arrays that were read from a unit, without a copy."""
     return EncodedAttention(torch.from_numpy(index), torch.from_numpy(weight), torch.from_numpy(tail))
+
+
+def blank(like: Collection[EncodedAttention], pairs: int, queries: int) -> EncodedAttention:
+    """Records of padding, as wide as the widest of `like`; slots lie first in memory, as they do on disk."""
+    first = next(iter(like))
+    heads, slots = first.index.shape[1], max(one.index.shape[3] for one in like)
+    widest = max((one.index.dtype for one in like), key=lambda dtype: dtype.itemsize)
+    index = torch.zeros(slots, pairs, heads, queries, dtype=widest)
+    weight = torch.zeros(slots, pairs, heads, queries, dtype=first.weight.dtype)
+    if weight.dtype == torch.uint8:
+        weight[0] = EMPTY
+    tail = torch.zeros(pairs, heads, queries, dtype=first.tail.dtype)
+    return EncodedAttention(index.permute(1, 2, 3, 0), weight.permute(1, 2, 3, 0), tail)
 
 
 def pad_to(encoded: EncodedAttention, queries: int, slots: int) -> EncodedAttention:

@@ -13,27 +13,35 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 def resolve_config(
-    model: type[Config], file: Path | None = None, assignments: Sequence[str] = (), **options: Any
+    model: type[Config],
+    file: Path | None = None,
+    assignments: Sequence[str] = (),
+    preset: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Config:
-    """Build a configuration.
+    """Build a configuration from, each winning over the one before: preset, file, assignments, options.
 
     Args:
         model: the pydantic model.
         file: YAML mapping of its fields.
         assignments: `name=value`, the value in YAML.
+        preset: fields by name.
         options: fields by name; None means not given.
 
     Raises:
         InputError: the file is unreadable, or fields are unknown or out of range; the message lists all of them.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(preset or {})
     if file is not None:
         values |= read_yaml(file)
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise InputError(f"expected --set name=value, got {assignment!r}")
-        values[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"expected --set name=value with a value in YAML, got {assignment!r}") from error
     values |= {name: value for name, value in options.items() if value is not None}
     try:
         return model.model_validate(values)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dde_cache.batches import Batch, PairDataset, check_labels, pictures_of, to_device, tokens_of
+from dde_cache.batches import Batch, PairDataset, check_labels, pictures_of, to_device, tokens_of, torch_device
 from dde_cache.errors import CacheError, InputError, RunError
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
@@ -40,6 +40,7 @@ def load_subject(name: str, device: str = "cpu") -> Subject:
         TeacherError: no teacher that can be read.
         InputError: a teacher without a task head.
     """
+    torch_device(device)
     run = Path(name)
     if (run / MODEL).is_dir() or (run / RUN).is_file() or (run / BASELINES).is_file():
         return _load_run(run, device)

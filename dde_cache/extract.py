@@ -1,62 +1,36 @@
 """Recipe: run the teacher once over shards and write its targets, one unit a shard."""
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.batches import Batch, PairDataset, batch_loader, pictures_of, to_device, tokens_of
-from dde_cache.codec import EncodedAttention, encode, pad_to
-from dde_cache.errors import InputError, bullet_list
-from dde_cache.samples import Sample, Shard
+from dde_cache.batches import Batch, PairDataset, batch_loader, pictures_of, to_device, tokens_of, torch_device
+from dde_cache.card import write_card
+from dde_cache.codec import EncodedAttention, encode
+from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
+from dde_cache.records import Records, assemble
+from dde_cache.samples import Shard
 from dde_cache.spec import (
-    Dtype,
     Group,
-    Heads,
     Model,
     Provenance,
-    Queries,
     TargetSpec,
-    TeacherIdentity,
     UnitAttributes,
     UnitEntry,
-    Weights,
-    hash_json,
 )
-from dde_cache.store import LABELS, CacheWriter
+from dde_cache.store import CacheWriter
 from dde_cache.stream import PairTable
 from dde_cache.teacher import FusionTeacher
-from dde_cache.unit import SUFFIX, MapColumns, UnitArrays, write_unit
+from dde_cache.unit import SUFFIX, Unit, write_unit
 from dde_cache.vilt import image_tokens, token_mask
-
-DTYPES: dict[Dtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-class ExtractConfig(Model):
-    """What is extracted, and how."""
-
-    k: int | None = Field(default=8, ge=1, description="kept keys a row; null: all")
-    weights: Weights = "log8"
-    layers: tuple[int, ...] | None = Field(default=None, description="0-based blocks; null: the last")
-    heads: Heads = "all"
-    queries: Queries = "valid"
-    dtype: Dtype = "float32"
-    batch_size: int = Field(default=64, ge=1, description="pairs a forward pass")
-    workers: int = Field(default=0, ge=0, description="processes that read ahead; 0: none")
-    device: str = "cpu"
 
 
 @dataclass
@@ -82,41 +56,6 @@ class ExtractSummary(Model):
     cut_texts: int = Field(description="texts longer than the text length, which teacher and student see cut")
 
 
-def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
-    """Say what the numbers of an extraction will mean.
-
-    Raises:
-        InputError: a layer that the teacher does not have, or one asked for twice.
-    """
-    layers = config.layers if config.layers is not None else (teacher.layers - 1,)
-    if any(not 0 <= layer < teacher.layers for layer in layers) or len(set(layers)) != len(layers):
-        raise InputError(f"expected different layers from 0 to {teacher.layers - 1}, got {list(layers)}")
-    processor = teacher.preprocessor.processor
-    shape = teacher.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        shape.pop(name, None)
-    return TargetSpec(
-        teacher=TeacherIdentity(
-            family="vilt",
-            weights=teacher.weights_hash(),
-            config=hash_json(json.loads(json.dumps(shape, default=str))),
-            tokenizer=hash_json(json.loads(processor.tokenizer.backend_tokenizer.to_str())),
-            processor=hash_json(json.loads(processor.image_processor.to_json_string())),
-        ),
-        layers=tuple(sorted(layers)),
-        teacher_layers=teacher.layers,
-        teacher_heads=teacher.heads,
-        heads=config.heads,
-        queries=config.queries,
-        text_length=teacher.preprocessor.text_length,
-        patch_size=teacher.preprocessor.patch_size,
-        k=config.k,
-        weights=config.weights,
-        dtype=config.dtype,
-        classes=None if teacher.labels is None else len(teacher.labels),
-    )
-
-
 def extract(
     shards: Sequence[Shard],
     teacher_name: str,
@@ -140,6 +79,7 @@ def extract(
     """
     progress = progress or ExtractProgress()
     begin = time.perf_counter()
+    torch_device(config.device)
     teacher = FusionTeacher.load(teacher_name, DTYPES[config.dtype], config.device)
     spec = target_spec(teacher, config)
     names = [shard.path.stem + SUFFIX for shard in shards]
@@ -148,7 +88,7 @@ def extract(
         raise InputError(f"expected shards with different file names, got twice:{bullet_list(twice)}")
     grid = _check_first(shards[0], teacher, config)
     with tempfile.TemporaryDirectory() as folder:
-        _save_assets(teacher, Path(folder))
+        save_assets(teacher, Path(folder))
         writer = CacheWriter(out, spec, Path(folder))
     todo, done = [], []
     for shard, name in zip(shards, names, strict=True):
@@ -156,12 +96,14 @@ def extract(
         if entry is None:
             todo.append((shard, name))
         else:
+            _check_finished(writer.unit_path(name), shard)
             done.append(entry)
     run = _Run(teacher, spec, config, writer, progress)
     skipped = sum(entry.pairs for entry in done)
+    provenance = provenance_of(teacher_name, shards, config)
     if todo:
-        done += run.units(todo, skipped, grid, _provenance(teacher_name, shards, config))
-    writer.close()
+        done += run.units(todo, skipped, grid, provenance)
+    write_card(out, writer.close(), provenance)
     size, pairs = sum(entry.size for entry in done), sum(entry.pairs for entry in done)
     return ExtractSummary(
         pairs=run.kept.pairs,
@@ -223,7 +165,7 @@ class _Run:
             records = [self._records(next(batches)) for _ in orders[number]]
             samples = list(shard)
             self.cut_texts += preprocessor.longer_than_allowed([text.text for one in samples for text in one.texts])
-            arrays = _assemble(records, samples, self._spec)
+            arrays = assemble(records, samples, self._spec)
             attributes = UnitAttributes(
                 fingerprint=self._spec.fingerprint,
                 source=shard.name,
@@ -244,7 +186,7 @@ class _Run:
             entries.append(entry)
         return entries
 
-    def _records(self, batch: Batch) -> "_Records":
+    def _records(self, batch: Batch) -> Records:
         """Run the teacher on one batch and encode its maps."""
         spec = self._spec
         device = torch.device(self._config.device)
@@ -264,7 +206,7 @@ class _Run:
                 self.kept.dense_bytes += 2 * 2 * spec.stored_heads * int(shape.sum())
         self.kept.pairs += len(text_tokens)
         self._progress.batch(len(text_tokens), self.kept.mean or 0.0)
-        return _Records(
+        return Records(
             token_ids=batch["input_ids"] * batch["attention_mask"],
             text_tokens=text_tokens,
             grids=[picture.grid for picture in pictures],
@@ -292,70 +234,6 @@ class _Run:
             torch.where(stored[..., None], sparse.weight, 0.0),
             torch.where(stored, sparse.tail, 0.0),
         )
-
-
-@dataclass(frozen=True)
-class _Records:
-    """One batch on its way to the disk; the lists run over (image slot, layer)."""
-
-    token_ids: Tensor
-    text_tokens: Tensor
-    grids: list[Tensor]
-    t2i: list[EncodedAttention]
-    i2t: list[EncodedAttention]
-    logits: Tensor | None
-
-
-def _assemble(records: Sequence[_Records], samples: Sequence[Sample], spec: TargetSpec) -> UnitArrays:
-    """Put the batches of a unit together, padded to its longest record, sorted by (sample, text, image, layer)."""
-    place = [(number, slot) for number, sample in enumerate(samples) for slot in range(len(sample.texts))]
-    sample, text = (torch.tensor(column) for column in zip(*place, strict=True))
-    images, layers = len(records[0].grids), len(spec.layers)
-    each = images * layers
-    grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
-    longest = max(int(record.text_tokens.max()) for record in records)
-    token_ids = torch.cat([_to_width(record.token_ids, longest) for record in records])
-    pairs = len(place)
-    columns = MapColumns(
-        sample=sample.repeat_interleave(each).numpy(),
-        text=text.repeat_interleave(each).numpy(),
-        image=torch.arange(images).repeat_interleave(layers).repeat(pairs).numpy(),
-        view=np.zeros(pairs * each, np.int64),
-        passes=np.zeros(pairs * each, np.int64),
-        layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
-        text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
-        token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
-        grid=grid.repeat_interleave(layers, dim=1).flatten(0, 1).numpy(),
-    )
-    logits = [record.logits for record in records if record.logits is not None]
-    return UnitArrays(
-        keys=[one.key for one in samples],
-        content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
-        maps=columns,
-        t2i=_stack([record.t2i for record in records]),
-        i2t=_stack([record.i2t for record in records]),
-        prediction_sample=sample.numpy(),
-        prediction_text=text.numpy(),
-        logits=torch.cat(logits).numpy() if logits else None,
-    )
-
-
-def _to_width(ids: Tensor, width: int) -> Tensor:
-    """Cut or pad token ids; what is cut is padding."""
-    return nn.functional.pad(ids[:, :width], (0, max(width - ids.shape[1], 0)))
-
-
-def _stack(batches: Sequence[Sequence[EncodedAttention]]) -> EncodedAttention:
-    """Batches of (image slot, layer) maps -> one array of records, those of a pair together."""
-    queries = max(one.index.shape[2] for batch in batches for one in batch)
-    slots = max(one.index.shape[3] for batch in batches for one in batch)
-    widest = max((one.index.dtype for batch in batches for one in batch), key=lambda dtype: dtype.itemsize)
-    padded = [[pad_to(one, queries, slots) for one in batch] for batch in batches]
-    parts = []
-    for name in ("index", "weight", "tail"):
-        stacked = [torch.stack([getattr(one, name) for one in batch], dim=1).flatten(0, 1) for batch in padded]
-        parts.append(torch.cat(stacked).cpu())
-    return EncodedAttention(parts[0].to(widest), parts[1], parts[2])
 
 
 def _check_first(shard: Shard, teacher: FusionTeacher, config: ExtractConfig) -> str:
@@ -389,19 +267,23 @@ def _check_first(shard: Shard, teacher: FusionTeacher, config: ExtractConfig) ->
     return f"{image.width} x {image.height} px{resized}: {height // patch} x {width // patch} patches"
 
 
-def _save_assets(teacher: FusionTeacher, folder: Path) -> None:
-    """Write what training needs of the teacher."""
-    teacher.preprocessor.processor.save_pretrained(folder)
-    teacher.config.save_pretrained(folder)
-    labels = None if teacher.labels is None else list(teacher.labels)
-    (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n")
+def _check_finished(path: Path, shard: Shard) -> None:
+    """Refuse to skip a finished unit that was made from other samples: other keys, or another first sample.
 
+    Training compares the content of every sample; comparing all of them here would mean to read all data again.
 
-def _provenance(teacher_name: str, shards: Sequence[Shard], config: ExtractConfig) -> Provenance:
-    return Provenance(
-        versions={name: version(name) for name in ("dde-cache", "torch", "transformers", "zarr", "numpy", "pillow")},
-        device=config.device,
-        batch_size=config.batch_size,
-        teacher=Path(teacher_name).name,
-        shards=shards[0].path.parent.name,
-    )
+    Raises:
+        CacheError: the shard has changed since.
+    """
+    unit = Unit(path)
+    try:
+        same = unit.keys == list(shard.keys)
+        if same and unit.keys:
+            same = unit.content[0].tobytes() == shard.read(unit.keys[0]).content_hash()
+    finally:
+        unit.close()
+    if not same:
+        raise CacheError(
+            f"{path}: the finished unit was made from other samples than {shard.path} holds now; delete it, or choose "
+            "another --out, and run extract again"
+        )

@@ -13,57 +13,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch, to_device
-from dde_cache.errors import RunError, bullet_list
-from dde_cache.stream import Shuffle
-
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
-CONFIG = "config.yaml"
+from dde_cache.errors import RunError
+from dde_cache.runs import CHECKPOINTS, METRICS, FitConfig, Metrics
 
 Losses = Mapping[str, Tensor]
-
-
-class FitConfig(BaseModel):
-    """How a model is fitted. Learning rate: linear warm-up over `warmup` of the steps, then linear decay to 0."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(default=1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=128, ge=1, description="pairs a step")
-    learning_rate: float = Field(default=5e-4, gt=0)
-    head_learning_rate_factor: float = Field(
-        default=1.0, gt=0, description="times the learning rate, for the task head"
-    )
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    precision: str = Field(default="no", pattern="^(no|bf16|fp16)$")
-    seed: int = Field(default=0, ge=0)
-    workers: int = Field(default=1, ge=0, description="processes that read batches ahead; 0: none")
-    shuffle_shards: int = Field(default=8, ge=1, description="shards whose chunks are mixed")
-    shuffle_chunks: int = Field(default=32, ge=1, description="chunks of 256 pairs that are mixed pair by pair")
-    log_every: int = Field(default=20, ge=1, description="steps")
-    valid_every: int = Field(default=500, ge=1, description="steps")
-    save_every: int = Field(default=500, ge=1, description="steps")
-
-    def shuffle(self) -> Shuffle:
-        """How the pairs are mixed."""
-        return Shuffle(self.seed, self.shuffle_shards, self.shuffle_chunks)
 
 
 @dataclass
@@ -94,33 +60,6 @@ class _State:
     best_step: int | None = None
     seconds: float = 0.0
     wait_seconds: float = 0.0
-
-
-def open_run(folder: Path, config: FitConfig, *, resume: bool) -> None:
-    """Begin a run's folder with its resolved configuration, or check that a resumed run has the same.
-
-    Raises:
-        RunError: the folder is taken, or `resume` with another configuration or where no run was begun.
-    """
-    path = folder / CONFIG
-    values = config.model_dump(mode="json")
-    if not resume:
-        if folder.exists() and any(folder.iterdir()):
-            what = "holds a run" if path.exists() else "is not empty and no run of ours"
-            raise RunError(f"{folder}: {what}; choose another --out" + (", or pass --resume" if path.exists() else ""))
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-        return
-    if not path.is_file():
-        raise RunError(f"{folder}: expected a run to resume, found none; start without --resume")
-    begun = yaml.safe_load(path.read_text())
-    differences = [
-        f"{name}: begun with {begun.get(name)}, now {value}"
-        for name, value in values.items()
-        if begun.get(name) != value and name not in ("workers", "log_every", "save_every")
-    ]
-    if differences:
-        raise RunError(f"{folder}: --resume needs the settings that the run was begun with:{bullet_list(differences)}")
 
 
 def rate_at(step: int, config: FitConfig) -> float:
@@ -158,7 +97,7 @@ class Fit:
     ) -> None:
         self._losses, self._config, self._run = losses, config, run
         self._validate, self._save_best, self._progress = validate, save_best, progress or Progress()
-        self._accelerator = Accelerator(mixed_precision=config.precision)
+        self._accelerator = _accelerator(config.precision)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
@@ -168,15 +107,25 @@ class Fit:
         self._state = _State()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint.
+        """Go on from the newest checkpoint, or begin where a run was stopped before its first one.
 
         Raises:
-            RunError: there is none.
+            RunError: the checkpoint is damaged.
         """
-        found = sorted((self._run / CHECKPOINTS).glob("[0-9]*"))
-        if not found:
-            raise RunError(f"{self._run}: expected a checkpoint to resume from, found none; start without --resume")
-        folder = found[-1]
+        found = sorted(self._checkpoints())
+        if found:
+            try:
+                self._load(found[-1])
+            except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+                raise RunError(
+                    f"{found[-1]}: the checkpoint is damaged ({str(error).splitlines()[0]}); start again with another "
+                    "--out"
+                ) from error
+
+    def _checkpoints(self) -> Iterable[Path]:
+        return (path for path in (self._run / CHECKPOINTS).glob("*") if path.name.isdigit())
+
+    def _load(self, folder: Path) -> None:
         self._state = _State(**json.loads((folder / "state.json").read_text()))
         self._plain.load_state_dict(load_file(folder / "model.safetensors"))
         moments = load_file(folder / "optimizer.safetensors")
@@ -195,7 +144,7 @@ class Fit:
             KeyboardInterrupt: after Ctrl-C, once the running step is finished and a checkpoint is written.
         """
         state, config = self._state, self._config
-        with _Metrics(self._run / METRICS, state.step) as metrics, _FinishStep() as interrupt:
+        with Metrics(self._run / METRICS, state.step) as metrics, _FinishStep() as interrupt:
             batches = iter(loader(state.step))
             while state.step < config.steps:
                 self._step(batches, metrics)
@@ -207,10 +156,10 @@ class Fit:
                 if interrupt.asked and not last:
                     raise KeyboardInterrupt
         if not self._validate:
-            self._save_best(self._plain)
+            self._keep()
         return FitResult(state.step, state.best_accuracy, state.best_step, state.seconds, state.wait_seconds)
 
-    def _step(self, batches: Iterator[Batch], metrics: "_Metrics") -> None:
+    def _step(self, batches: Iterator[Batch], metrics: "Metrics") -> None:
         state, config, accelerator = self._state, self._config, self._accelerator
         start = time.perf_counter()
         torch.manual_seed(config.seed * 1_000_003 + state.step)
@@ -243,13 +192,17 @@ class Fit:
             metrics.write(state.step, record)
             self._progress.step(state.step, record)
 
-    def _measure(self, validate: Callable[[nn.Module], float], metrics: "_Metrics") -> None:
+    def _measure(self, validate: Callable[[nn.Module], float], metrics: "Metrics") -> None:
         state = self._state
         accuracy = validate(self._plain)
         metrics.write(state.step, {"valid_accuracy": accuracy})
         self._progress.valid(state.step, accuracy)
         if state.best_accuracy is None or accuracy >= state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
+            self._keep()
+
+    def _keep(self) -> None:
+        with clear_disk_errors(self._run):
             self._save_best(self._plain)
 
     def _save(self) -> None:
@@ -260,13 +213,14 @@ class Fit:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         weights = {name: tensor.contiguous() for name, tensor in self._plain.state_dict().items()}
-        save_file(weights, partial / "model.safetensors")
         moments = {
             f"{number}.{name}": value.contiguous()
             for number, entry in self._optimizer.state_dict()["state"].items()
             for name, value in entry.items()
         }
-        save_file(moments, partial / "optimizer.safetensors")
+        with clear_disk_errors(folder):
+            save_file(weights, partial / "model.safetensors")
+            save_file(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(asdict(self._state)))
         if final.exists():
             shutil.rmtree(final)
@@ -274,6 +228,26 @@ class Fit:
         for old in folder.iterdir():
             if old != final:
                 shutil.rmtree(old)
+
+
+@contextmanager
+def clear_disk_errors(folder: Path) -> Iterator[None]:
+    """Safetensors hides what the disk said in an error of its own; give it the form of all others.
+
+    Raises:
+        RunError: a file could not be written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunError(f"{folder}: expected to write a checkpoint, got {error}; make room and --resume") from error
+
+
+def _accelerator(precision: str) -> Accelerator:
+    try:
+        return Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise RunError(f"expected a precision that this device can do, got {precision!r}: {error}") from error
 
 
 class _FinishStep:
@@ -296,29 +270,6 @@ class _FinishStep:
     def __exit__(self, *_error: object) -> None:
         if self._main:
             signal.signal(signal.SIGINT, self._before)
-
-
-class _Metrics:
-    """`metrics.jsonl`, cut back to a step when a run resumes there."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if step and path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-        self._file = path.open("a")
-
-    def __enter__(self) -> "_Metrics":
-        return self
-
-    def write(self, step: int, record: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
-
-    def __exit__(self, *_error: object) -> None:
-        self._file.close()
 
 
 def _parameter_groups(model: nn.Module, config: FitConfig) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 Extraction and training go through this one module, so both see the same pixels and the same tokens.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,21 @@ class Preprocessor:
                 f"tokenizer.json), but they cannot be loaded: {str(error).splitlines()[0]}"
             ) from error
         return cls(processor, patch_size, text_length)
+
+    def save(self, folder: Path) -> None:
+        """Write processor and tokenizer into a folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            self.processor.save_pretrained(folder)
+        except Exception as error:
+            # The tokenizers library says what the disk said in an exception without a class of its own.
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if type(error) is not Exception or found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
 
     def pixels(self, image: Image.Image) -> Float[np.ndarray, "c y x"]:
         """Resize, rescale and normalise one picture; float32.

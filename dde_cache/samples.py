@@ -332,6 +332,9 @@ def open_shards(shards: str | Path) -> list[Shard]:
         raise InputError(f"expected each key once, but {len(twice)} occur twice:{bullet_list(twice)}")
     if not seen:
         raise InputError(f"{shards}: expected samples, found none")
+    empty = [shard.path for shard in opened if not len(shard)]
+    if empty:
+        raise InputError(f"{empty[0]}: expected samples, found none; leave the tar out")
     return opened
 
 

@@ -168,10 +168,12 @@ class CacheWriter:
             self._entries = {entry.name: entry for entry in found.units}
             (folder / UNITS).mkdir(exist_ok=True)
             return
-        if folder.exists() and any(child.name not in (ASSETS, UNITS) for child in folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or not all(map(_is_ours, folder.iterdir()))):
             raise InputError(f"{folder}: expected a new or empty folder, or a cache to continue; choose another --out")
         (folder / UNITS).mkdir(parents=True, exist_ok=True)
-        shutil.copytree(assets, folder / ASSETS, dirs_exist_ok=True)
+        (folder / ASSETS).mkdir(exist_ok=True)
+        for path in sorted(assets.iterdir()):
+            shutil.copyfile(path, folder / ASSETS / path.name)
         hashes = {path.name: hash_file(path) for path in sorted((folder / ASSETS).iterdir())}
         self._manifest = Manifest(spec=spec, fingerprint=spec.fingerprint, assets=hashes).sealed()
         self._write()
@@ -213,6 +215,11 @@ class CacheWriter:
         units = tuple(self._entries[name] for name in sorted(self._entries))
         self._manifest = self._manifest.model_copy(update={"units": units}).sealed()
         write_text(self.folder / MANIFEST, self._manifest.model_dump_json(indent=2) + "\n")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a cache that was cut short before its first manifest may hold this."""
+    return path.name in (ASSETS, UNITS) or (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".partial")
 
 
 def describe_unit(path: Path, fingerprint: str) -> UnitEntry:

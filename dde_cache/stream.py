@@ -5,6 +5,7 @@ are permuted. So a reader touches a bounded part of the data at a time, and the 
 ranks there are, nor whether a cache is read beside the shards.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class PairTable:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Pair:
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        shard = bisect_right(self._starts, number) - 1
         key, text = self._pairs[shard][number - int(self._starts[shard])]
         return Pair(shard, key, text)
 

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dde_cache.attention import SparseAttention
-from dde_cache.codec import EncodedAttention, decode, pad_to
+from dde_cache.codec import EncodedAttention, blank, decode, pad_to
 from dde_cache.errors import CacheError, bullet_list
 from dde_cache.samples import Sample, Shard
 from dde_cache.store import Cache
@@ -71,7 +72,8 @@ def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
     if not len(found.table):
         raise CacheError(
             f"{cache.folder}: expected targets of these shards, but no key is on both sides: the cache was made from "
-            f"another data set ({bullet_list([f'its units come from {name}' for name in entries], 3)}\n)"
+            f"another data set, by the shards:{bullet_list(list(entries), 3)}\npass the cache of these shards, or "
+            "extract from them"
         )
     if on_missing == "error" and (no_targets or no_samples):
         raise CacheError(
@@ -103,6 +105,16 @@ class _Chunk:
     @property
     def nbytes(self) -> int:
         return sum(held.nbytes for held in self.maps.values()) + (0 if self.logits is None else self.logits.nbytes)
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The pairs of a batch that lie in one chunk of a unit: their numbers in the batch, and their rows in the chunk."""
+
+    shard: int
+    chunk: int
+    numbers: list[int]
+    rows: list[int]
 
 
 class CacheTargets:
@@ -166,7 +178,8 @@ class CacheTargets:
             raise CacheError(
                 f"sample {sample.key!r} of shard {self._sources[shard]}: its picture or texts are not those that the "
                 f"teacher saw (content {sample.content_hash().hex()[:12]}..., expected {stored.hex()[:12]}...): the "
-                "targets belong to another version of the data; extract again from these shards"
+                f"targets belong to another version of the data; delete unit {held.unit.path.name} (or choose another "
+                "--out) and extract again from these shards"
             )
 
     def _read_chunk(self, place: tuple[int, str, int]) -> _Chunk:
@@ -175,21 +188,29 @@ class CacheTargets:
         unit = self._units(shard).unit
         if table == "logits":
             return _Chunk({}, torch.from_numpy(unit.array("predictions/logits", rows)))
-        return _Chunk({table: unit.attention(table, rows)}, None)
+        encoded = unit.attention(table, rows)
+        keys = unit.maps.image_tokens if table == "t2i" else unit.maps.text_tokens
+        _check_chunk(encoded, keys[rows], f"{unit.path}: {table}")
+        return _Chunk({table: encoded}, None)
 
-    def _records(self, pairs: Sequence[Pair], table: Literal["first_record", "prediction"]) -> list[tuple[int, int]]:
-        """Where each pair lies: shard number and row."""
-        places = []
-        for pair in pairs:
-            unit = self._units(pair.shard)
+    def _members(self, pairs: Sequence[Pair], table: Literal["first_record", "prediction"]) -> Sequence[_Members]:
+        """Group pairs by the chunk in which their rows of a table lie."""
+        units = {shard: self._units(shard) for shard in {pair.shard for pair in pairs}}
+        members: dict[tuple[int, int], _Members] = {}
+        for number, pair in enumerate(pairs):
+            unit = units[pair.shard]
             row = getattr(unit, table).get((unit.sample[pair.key], pair.text))
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
                     f"{pair.key!r}, found none"
                 )
-            places.append((pair.shard, row))
-        return places
+            place = (pair.shard, row // CHUNK_PAIRS)
+            if place not in members:
+                members[place] = _Members(*place, [], [])
+            members[place].numbers.append(number)
+            members[place].rows.append(row % CHUNK_PAIRS)
+        return list(members.values())
 
     def targets(self, pairs: Sequence[Pair]) -> Mapping[str, Tensor]:
         """Read the targets of a batch, still encoded; one row a pair.
@@ -203,29 +224,28 @@ class CacheTargets:
         """
         batch: dict[str, Tensor] = {}
         if self._cache.labels is not None:
-            places = self._records(pairs, "prediction")
-            rows = [
-                self._chunks((shard, "logits", row // CHUNK_PAIRS)).logits[row % CHUNK_PAIRS]  # type: ignore[index]
-                for shard, row in places
-            ]
-            batch["logits"] = torch.stack(rows)
+            logits = torch.empty(len(pairs), len(self._cache.labels))
+            for some in self._members(pairs, "prediction"):
+                logits[some.numbers] = self._chunks((some.shard, "logits", some.chunk)).logits[some.rows]  # type: ignore[index]
+            batch["logits"] = logits
         if not self._attention:
             return batch
-        places = self._records(pairs, "first_record")
-        maps = [(self._units(shard).unit.maps, row) for shard, row in places]
-        text = np.array([columns.text_tokens[row] for columns, row in maps])
-        grid = np.array([columns.grid[row] for columns, row in maps])
-        ids = np.zeros((len(maps), int(text.max())), dtype=np.int64)
-        for number, (columns, row) in enumerate(maps):
-            ids[number, : text[number]] = columns.token_ids[row, : text[number]]
-        batch |= {"token_ids": torch.from_numpy(ids), "grid": torch.from_numpy(grid)}
+        members = self._members(pairs, "first_record")
+        text, grid = np.empty(len(pairs), np.int64), np.empty((len(pairs), 2), np.int64)
+        ids = np.zeros((len(pairs), self._cache.spec.text_length), np.int64)
+        for some in members:
+            columns = self._units(some.shard).unit.maps
+            rows = some.chunk * CHUNK_PAIRS + np.array(some.rows)
+            text[some.numbers], grid[some.numbers] = columns.text_tokens[rows], columns.grid[rows]
+            ids[some.numbers, : columns.token_ids.shape[1]] = columns.token_ids[rows]
+        batch |= {"token_ids": torch.from_numpy(ids[:, : text.max()]), "grid": torch.from_numpy(grid)}
         every = self._padded_queries
         queries = {
             "t2i": self._cache.spec.text_length if every else int(text.max()),
             "i2t": int(grid.prod(-1).max()) + 1 + int(every),
         }
         for direction in DIRECTIONS:
-            encoded = self._gather(places, direction, queries[direction])
+            encoded = self._gather(members, len(pairs), direction, queries[direction])
             batch |= {
                 f"{direction}.index": encoded.index,
                 f"{direction}.weight": encoded.weight,
@@ -233,25 +253,34 @@ class CacheTargets:
             }
         return batch
 
-    def _gather(self, places: Sequence[tuple[int, int]], direction: str, queries: int) -> EncodedAttention:
-        """Collect records from their chunks, one copy a chunk, cut or padded to `queries` rows."""
-        members: dict[tuple[int, str, int], list[int]] = {}
-        for number, (shard, row) in enumerate(places):
-            members.setdefault((shard, direction, row // CHUNK_PAIRS), []).append(number)
-        parts = []
-        for chunk, numbers in members.items():
-            held = self._chunks(chunk).maps[direction]
-            rows = torch.tensor([places[number][1] % CHUNK_PAIRS for number in numbers])
-            parts.append(held.take(rows, queries))
-        slots = max(part.index.shape[3] for part in parts)
-        parts = [pad_to(part, queries, slots) for part in parts]
-        back = torch.tensor([number for numbers in members.values() for number in numbers]).argsort()
-        widest = max((part.index.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-        return EncodedAttention(
-            torch.cat([part.index.to(widest) for part in parts])[back],
-            torch.cat([part.weight for part in parts])[back],
-            torch.cat([part.tail for part in parts])[back],
-        )
+    def _gather(self, members: Sequence[_Members], pairs: int, direction: str, queries: int) -> EncodedAttention:
+        """Collect records from their chunks, one copy a record, cut or padded to `queries` rows."""
+        chunks = [self._chunks((some.shard, direction, some.chunk)).maps[direction] for some in members]
+        gathered = blank(chunks, pairs, queries)
+        index, weight, tail = (part.numpy() for part in gathered.parts)
+        for some, chunk in zip(members, chunks, strict=True):
+            held = pad_to(chunk, chunk.index.shape[2], gathered.index.shape[3])
+            high = min(queries, held.index.shape[2])
+            held_index, held_weight, held_tail = (part.numpy()[:, :, :high] for part in held.parts)
+            for number, row in zip(some.numbers, some.rows, strict=True):
+                index[number, :, :high] = held_index[row]
+                weight[number, :, :high] = held_weight[row]
+                tail[number, :, :high] = held_tail[row]
+        return gathered
+
+
+def _check_chunk(encoded: EncodedAttention, keys: Int[np.ndarray, " r"], where: str) -> None:
+    """Refuse positions outside the key axis of their record before they reach a gather, and impossible tails."""
+    # Slots first, as they lie in memory.
+    index, tail = encoded.index.permute(3, 0, 1, 2).flatten(2).numpy(), encoded.tail.numpy()
+    if not index.size:
+        return
+    if (index.max(axis=(0, 2)) >= keys).any() or (index.dtype.kind == "i" and index.min() < 0):
+        raise CacheError(f"{where}: expected key positions inside each record's tokens, got others; extract again")
+    # Floats from 0 to 1, read as unsigned integers, keep their order; negative ones and NaN are then above 1.
+    bits = f"u{tail.itemsize}"
+    if tail.view(bits).max() > np.ones(1, tail.dtype).view(bits)[0]:
+        raise CacheError(f"{where}: expected tail masses from 0 to 1, got others; extract again")
 
 
 def decoded(batch: Mapping[str, Tensor], direction: str) -> SparseAttention:

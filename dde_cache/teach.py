@@ -16,19 +16,24 @@ from dde_cache.batches import (
     Batch,
     PairDataset,
     batch_loader,
+    check_batch_size,
     check_labels,
     pictures_of,
     to_device,
     tokens_of,
 )
-from dde_cache.errors import InputError, TeacherError
-from dde_cache.fit import Fit, FitConfig, FitResult, Losses, Progress, open_run
+from dde_cache.errors import InputError, RunError, TeacherError
+from dde_cache.fit import Fit, FitResult, Losses, Progress
 from dde_cache.preprocess import Preprocessor
+from dde_cache.runs import FitConfig, open_run
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import EvaluationReport, Predictions, accuracy, predict, report
 from dde_cache.stream import BatchOrder, PairTable
 from dde_cache.teacher import read_config, resolve, task_logits
 from dde_cache.vilt import position_deviation
+
+TRAINING = "training"
+"""Folder of the checkpoints and metrics, inside the teacher's."""
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -91,8 +96,9 @@ def train_teacher(
     torch.manual_seed(config.seed)
     vilt, preprocessor = _from_checkpoint(init, labels, config) if init else _from_scratch(shards, labels, config)
     table = PairTable.of(shards)
+    check_batch_size(table, config.batch_size)
     dataset = PairDataset(shards, table, preprocessor, labels)
-    held_out = PairDataset(valid, PairTable.of(valid), preprocessor, labels) if valid else None
+    held_out = PairDataset(valid, PairTable.of(valid), preprocessor, labels)
 
     def measure(model: nn.Module) -> Predictions:
         device = next(model.parameters()).device
@@ -101,19 +107,20 @@ def train_teacher(
 
     def save(model: nn.Module) -> None:
         model.vilt.save_pretrained(out)  # type: ignore[operator, union-attr]
-        preprocessor.processor.save_pretrained(out)
+        preprocessor.save(out)
 
     def loader(step: int) -> Iterable[Batch]:
         order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps)
         return batch_loader(dataset, order, config.workers)
 
-    open_run(out / "training", config, resume=resume)
+    _check_out(out)
+    open_run(out / TRAINING, config, resume=resume)
     fit = Fit(
         JointClassifier(vilt),
         _losses,
         config,
-        out / "training",
-        validate=(lambda model: accuracy(measure(model))) if held_out else None,
+        out / TRAINING,
+        validate=(lambda model: accuracy(measure(model))) if valid else None,
         save_best=save,
         progress=progress,
     )
@@ -121,9 +128,15 @@ def train_teacher(
         fit.resume()
     result = fit(loader)
     best = JointClassifier(ViltForQuestionAnswering.from_pretrained(out))
-    score = report(measure(best), valid, labels) if held_out else None
+    score = report(measure(best), valid, labels) if valid else None
     (out / "README.md").write_text(_card(config, labels, result, score, source, init))
     return TaughtTeacher(result, score)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse to write a teacher over files that no training of ours put there."""
+    if out.exists() and not (out / TRAINING).is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: expected a new or empty folder, or a teacher of ours; choose another --out")
 
 
 class JointClassifier(nn.Module):

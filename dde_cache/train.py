@@ -6,48 +6,40 @@ For comparison the same procedure trains on labels only, or with the teacher run
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViltConfig
 
 from dde_cache import __version__
-from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.batches import Batch, PairDataset, batch_loader, check_labels, pictures_of, to_device, tokens_of
+from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, check_labels, to_device
+from dde_cache.distill import (
+    CachedTargets,
+    LabelsOnly,
+    OnlineTargets,
+    StudentLosses,
+    Targets,
+    TrainConfig,
+    student_output,
+)
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
-from dde_cache.fit import Fit, FitConfig, FitResult, Losses, Progress, open_run
-from dde_cache.losses import Tail, label_loss, log_attention, soft_label_loss, sparse_kl, weighted_mean
+from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.preprocess import Preprocessor
+from dde_cache.runs import open_run
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines, accuracy, predict
-from dde_cache.spec import Model
+from dde_cache.spec import Model, hash_json
 from dde_cache.store import MANIFEST, Cache, write_text
 from dde_cache.stream import BatchOrder, PairTable
-from dde_cache.student import DualEncoder, DualEncoderOutput, new_student, student_from_vilt
-from dde_cache.targets import CacheTargets, OnMissing, decoded, join
-from dde_cache.teacher import FusionTeacher, read_config, resolve
+from dde_cache.student import DualEncoder, new_student, student_from_vilt
+from dde_cache.targets import CacheTargets, join
+from dde_cache.teacher import read_config, resolve
 
 MODEL = "model"
 RUN = "run.json"
 BASELINES = "baselines.json"
-
-
-class TrainConfig(FitConfig):
-    """How a student is trained. A weight of 0 leaves a loss out, and its targets are then not read."""
-
-    attention_weight: float = Field(default=1.0, ge=0)
-    soft_weight: float = Field(default=1.0, ge=0)
-    hard_weight: float = Field(default=0.0, ge=0)
-    tail: Tail = "bucket"
-    queries: Literal["valid", "all"] = Field(
-        default="valid",
-        description="query rows in the mean of the attention loss: valid ones, or padding too (published)",
-    )
-    layer: int | None = Field(default=None, ge=0, description="the cache's layer to learn from; null: its last")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -87,15 +79,6 @@ class RunRecord(Model):
     wait_seconds: float
 
 
-@dataclass(frozen=True)
-class LabelsOnly:
-    """No teacher: processor, labels and tower shape come from a cache's assets or from a checkpoint."""
-
-    preprocessor: Preprocessor
-    tower: ViltConfig
-    labels: tuple[str, ...]
-
-
 def labels_only(like: str) -> LabelsOnly:
     """Take processor, answers and tower shape from a cache or from a teacher, whose weights are not opened.
 
@@ -116,25 +99,6 @@ def labels_only(like: str) -> LabelsOnly:
     if labels is None:
         raise CacheError(f"{like}: expected a teacher with a task head, for its answers")
     return LabelsOnly(preprocessor, tower, labels)
-
-
-@dataclass(frozen=True)
-class CachedTargets:
-    """Stream the targets from a cache."""
-
-    cache: Cache
-    on_missing: OnMissing = "error"
-
-
-@dataclass(frozen=True)
-class OnlineTargets:
-    """Run a teacher at every step, for comparison; `layer` counts from 0."""
-
-    teacher: FusionTeacher
-    layer: int
-
-
-Targets = LabelsOnly | CachedTargets | OnlineTargets
 
 
 @dataclass(frozen=True)
@@ -188,18 +152,15 @@ def train(
     dataset = PairDataset(
         shards, plan.table, plan.preprocessor, plan.labels, plan.reader, full_text=config.queries == "all"
     )
-    if len(plan.table) < config.batch_size:
-        raise InputError(
-            f"expected at least one batch of {config.batch_size} pairs, got {len(plan.table)} pairs; lower --batch-size"
-        )
+    check_batch_size(plan.table, config.batch_size)
     held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels)
-    open_run(out, config, resume=resume)
+    open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
     baselines = Baselines.of(shards)
     write_text(out / BASELINES, baselines.model_dump_json(indent=1) + "\n")
 
     def save(model: nn.Module) -> None:
         model.save_pretrained(out / MODEL)  # type: ignore[operator]
-        plan.preprocessor.processor.save_pretrained(out / MODEL)
+        plan.preprocessor.save(out / MODEL)
 
     def loader(step: int) -> Iterable[Batch]:
         order = BatchOrder(plan.table, config.shuffle(), config.batch_size, step, config.steps)
@@ -222,6 +183,18 @@ def train(
     return record
 
 
+def _inputs(shards: Sequence[Shard], plan: _Plan, targets: Targets, init: str | None) -> dict[str, str | int | None]:
+    """What a resumed run must share with its beginning, beside the settings."""
+    if isinstance(targets, CachedTargets):
+        source = f"cache {targets.cache.manifest.fingerprint}"
+    elif isinstance(targets, OnlineTargets):
+        source = f"teacher {targets.teacher.weights_hash()}"
+    else:
+        source = "labels"
+    names = hash_json([shard.name for shard in shards])
+    return {"targets": source, "init": init, "shards": names, "pairs": len(plan.table)}
+
+
 def logits_of(model: nn.Module) -> Callable[[Batch], Float[Tensor, "b c"]]:
     """A student as a function from batches to logits, in eval mode."""
     device = next(model.parameters()).device
@@ -231,11 +204,6 @@ def logits_of(model: nn.Module) -> Callable[[Batch], Float[Tensor, "b c"]]:
         return student_output(model, to_device(batch, device)).logits
 
     return run
-
-
-def student_output(model: nn.Module, batch: Batch) -> DualEncoderOutput:
-    """Run a student on a batch of samples with one image."""
-    return model(batch["input_ids"], batch["attention_mask"], batch["pixels0"], batch["grid0"])
 
 
 def build_student(tower: ViltConfig, labels: Sequence[str], config: TrainConfig, init: str | None) -> DualEncoder:
@@ -258,86 +226,6 @@ def build_student(tower: ViltConfig, labels: Sequence[str], config: TrainConfig,
     if wrong:
         raise TeacherError(f"{init}: its towers do not read what the teacher read:{bullet_list(wrong)}")
     return student
-
-
-class StudentLosses:
-    """The terms of a batch: `attention` (with its two directions), `soft`, `hard`, and their weighted sum `loss`."""
-
-    def __init__(self, config: TrainConfig, targets: Targets, mean_heads: bool) -> None:
-        self._config, self._targets, self._mean_heads = config, targets, mean_heads
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Run the student and compare."""
-        config = self._config
-        output = student_output(model, batch)
-        terms: dict[str, Tensor] = {}
-        total = output.logits.new_zeros((), dtype=torch.float32)
-        if isinstance(self._targets, LabelsOnly):
-            terms["hard"] = label_loss(output.logits, batch["label"])
-            return {"loss": terms["hard"], **terms}
-        if isinstance(self._targets, OnlineTargets):
-            taught = online_targets(self._targets, batch, config)
-            maps, logits = (taught.t2i, taught.i2t) if config.attention_weight else None, taught.logits
-        else:
-            maps = (decoded(batch, "t2i"), decoded(batch, "i2t")) if config.attention_weight else None
-            logits = batch.get("target.logits")
-        if maps is not None:
-            t2i, i2t = attention_losses(output, *maps, batch, config, mean_heads=self._mean_heads)
-            terms |= {"t2i": t2i, "i2t": i2t}
-            total = total + config.attention_weight * (t2i + i2t)
-        if config.soft_weight and logits is not None:
-            terms["soft"] = soft_label_loss(output.logits, logits)
-            total = total + config.soft_weight * terms["soft"]
-        if config.hard_weight:
-            terms["hard"] = label_loss(output.logits, batch["label"])
-            total = total + config.hard_weight * terms["hard"]
-        return {"loss": total, **terms}
-
-
-def attention_losses(
-    output: DualEncoderOutput,
-    t2i: SparseAttention,
-    i2t: SparseAttention,
-    batch: Batch,
-    config: TrainConfig,
-    *,
-    mean_heads: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Cross-modal attention loss of both directions: mean over heads and query rows of the batch (DiDE, L_attn).
-
-    With queries `all`, every padded row counts, as published: padded text rows one by one; padded image rows of a
-    sample are all alike, so the one that the teacher stored, behind its last valid row, stands for each of them.
-    """
-    text, image = output.text, output.image
-    every = config.queries == "all"
-    log_t2i = log_attention(text.query_key.query, image.query_key.key, image.mask, mean_heads=mean_heads)
-    log_i2t = log_attention(image.query_key.query, text.query_key.key, text.mask, mean_heads=mean_heads)
-    text_rows = torch.ones_like(text.mask) if every else text.mask
-    image_rows = torch.ones_like(image.mask) if every else image.mask
-    if every:
-        position = torch.arange(image.mask.shape[1], device=image.mask.device)[None]
-        i2t = i2t.rows(torch.minimum(position, image.mask.sum(-1, keepdim=True)))
-    return (
-        weighted_mean(sparse_kl(t2i, log_t2i, image.mask, config.tail), text_rows.float()),
-        weighted_mean(sparse_kl(i2t, log_i2t, text.mask, config.tail), image_rows.float()),
-    )
-
-
-@dataclass(frozen=True)
-class _Taught:
-    t2i: SparseAttention
-    i2t: SparseAttention
-    logits: Float[Tensor, "b c"] | None
-
-
-def online_targets(targets: OnlineTargets, batch: Batch, config: TrainConfig) -> _Taught:
-    """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one."""
-    output = targets.teacher(
-        tokens_of(batch), pictures_of(batch), [targets.layer], padded_queries=config.queries == "all"
-    )
-    maps = output.attention[0, targets.layer]
-    # The padded image token that a teacher needs for its query row is no key of the student's.
-    return _Taught(sparsify(maps.t2i, None), sparsify(maps.i2t, None), output.logits)
 
 
 def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Plan:

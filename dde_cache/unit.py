@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore, ZipStore
 
+from dde_cache.blocks import Blocks
 from dde_cache.codec import EncodedAttention, from_numpy
 from dde_cache.errors import CacheError
 from dde_cache.spec import FORMAT_VERSION, UnitAttributes
@@ -31,6 +33,9 @@ DIRECTIONS = ("t2i", "i2t")
 KNOWN_GROUPS = frozenset({"samples", "maps", "predictions"})
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+
+# What zarr, zipfile and the codecs raise on damaged bytes.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,7 @@ class Unit:
         try:
             self._store = ZipStore(path, mode="r")
             self._root = zarr.open_group(self._store, mode="r", zarr_format=3)
+            self._blocks = Blocks(path)
             self.attributes = UnitAttributes.model_validate(dict(self._root.attrs))
         except ValidationError as error:
             first = error.errors()[0]
@@ -190,7 +196,7 @@ class Unit:
                 f"{path}: expected a unit of format version {FORMAT_VERSION}, got {place}: {first['msg']}; a newer "
                 "dde-cache may read it"
             ) from error
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, FileNotFoundError) as error:
+        except _DAMAGE as error:
             raise CacheError(
                 f"{path}: the unit cannot be opened ({error}); delete the file and run `dde-cache extract` again"
             ) from error
@@ -207,12 +213,15 @@ class Unit:
             CacheError: it is missing, or a checksum does not hold.
         """
         try:
+            read = self._blocks.read(name, rows)
+            if read is not None:
+                return read
             array = self._root[name]
-            return np.asarray(array[rows])  # type: ignore[index, union-attr, call-overload]
-        except (KeyError, ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
-            raise CacheError(
-                f"{self.path}: {name} is damaged ({error}); delete the unit and run `dde-cache extract` again"
-            ) from error
+            if not isinstance(array, zarr.Array):
+                raise ValueError("expected an array, got a group")
+            return np.asarray(array[rows])
+        except _DAMAGE as error:
+            raise self._damaged(name, error) from error
 
     @cached_property
     def keys(self) -> list[str]:
@@ -250,10 +259,19 @@ class Unit:
         Raises:
             CacheError: a checksum does not hold.
         """
-        for name, member in self._root.members(max_depth=None):
-            if isinstance(member, zarr.Array):
-                self.array(name)
+        try:
+            names = [name for name, member in self._root.members(max_depth=None) if isinstance(member, zarr.Array)]
+        except _DAMAGE as error:
+            raise self._damaged("its metadata", error) from error
+        for name in names:
+            self.array(name)
+
+    def _damaged(self, what: str, error: Exception) -> CacheError:
+        return CacheError(
+            f"{self.path}: {what} is damaged ({error}); delete the unit and run `dde-cache extract` again"
+        )
 
     def close(self) -> None:
         """Close the file."""
+        self._blocks.close()
         self._store.close()

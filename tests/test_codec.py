@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dde_cache.attention import SparseAttention, densify, mask_keys, sparsify
-from dde_cache.codec import EMPTY, RELATIVE_ERROR, EncodedAttention, decode, encode, from_numpy, index_dtype, pad_to
+from dde_cache.codec import (
+    EMPTY,
+    RELATIVE_ERROR,
+    EncodedAttention,
+    blank,
+    decode,
+    encode,
+    from_numpy,
+    index_dtype,
+    pad_to,
+)
 from dde_cache.losses import dense_kl, sparse_kl
 
 WEIGHTS = ("log8", "float16", "float32")
@@ -174,6 +184,20 @@ def test_indices_of_any_key_axis_survive(weights, keys):
     assert torch.equal(decode(encoded).index, index)
 
 
+def test_one_code_is_one_weight_wherever_it_stands():
+    weight = (2.0 ** -(torch.arange(255) / 16)).repeat_interleave(37).reshape(255, 1, 37, 1)
+    weight = torch.cat([torch.ones_like(weight), weight], dim=-1)
+    decoded = decode(encode(SparseAttention(torch.zeros_like(weight).long(), weight, weight[..., 0] * 0), "log8", 2))
+    assert (decoded.weight == decoded.weight[:, :, :1]).all()
+
+
+def test_codes_beyond_the_last_are_empty_slots():
+    """Damage that a checksum let through, or somebody's mistake."""
+    steps = torch.tensor([[[[16, 250, 250]]]], dtype=torch.uint8)
+    decoded = decode(EncodedAttention(torch.zeros(1, 1, 1, 3).to(torch.uint8), steps, torch.zeros(1, 1, 1)))
+    assert decoded.weight.tolist() == [[[[1.0, 0.0, 0.0]]]]
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_row_without_weights_decodes_to_zeros(weights):
     zeros = torch.zeros(1, 1, 2, 3)
@@ -190,13 +214,22 @@ def test_log8_takes_two_bytes_a_weight_and_two_a_tail():
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_take_picks_records_and_cuts_query_rows(weights):
-    _, sparse, _ = draw(0, 3.0, k=4, shape=(4, 2, 5, 12))
-    encoded = encode(sparse, weights, 12)
-    taken, whole = decode(encoded.take(torch.tensor([2, 0, 2]), 3)), decode(encoded)
-    torch.testing.assert_close(taken.weight, whole.weight[[2, 0, 2], :, :3], atol=0, rtol=1e-6)
-    assert torch.equal(taken.index, whole.index[[2, 0, 2], :, :3])
-    assert torch.equal(taken.tail, whole.tail[[2, 0, 2], :, :3])
+def test_blank_records_decode_to_zeros_in_the_widest_shape(weights):
+    _, few, _ = draw(0, 3.0, k=2)
+    _, many, _ = draw(1, 3.0, k=5)
+    narrow, wide = encode(few, weights, 12), encode(many, weights, 300)
+    for like in ([narrow, wide], [wide, narrow]):
+        empty = blank(like, pairs=3, queries=4)
+        assert empty.index.shape == empty.weight.shape == (3, 2, 4, 5)
+        assert (empty.index.dtype, empty.weight.dtype, empty.tail.dtype) == (
+            torch.int16,
+            wide.weight.dtype,
+            wide.tail.dtype,
+        )
+        decoded = decode(empty)
+        assert not decoded.weight.any()
+        assert not decoded.tail.any()
+        assert not decoded.index.any()
 
 
 def test_arrays_from_a_disk_are_wrapped_without_a_copy():

@@ -410,5 +410,5 @@ def test_names_of_teachers(tmp_path):
     assert resolve("sample").endswith("sample_teacher")
     assert resolve("some/hub-id") == "some/hub-id"
     assert resolve(tmp_path) == str(tmp_path)
-    with pytest.raises(TeacherError, match="there is no such folder"):
+    with pytest.raises(TeacherError, match="no such folder"):
         resolve("not/a/hub-id")

@@ -16,7 +16,7 @@ import random
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,8 +48,20 @@ _PHRASES = (*_OBJECTS, *(f"{colour} shape" for colour in COLOURS), *SHAPES)
 _PHRASES_OF = ((), *((thing, 9 + thing // 3, 12 + thing % 3) for thing in range(9)))
 
 
-def shapes(split: str, count: int, *, seed: int = 0, grid: int = 3, cell: int = 12, texts: int = 6) -> Iterator[Sample]:
+def shapes(
+    split: str,
+    count: int,
+    *,
+    seed: int = 0,
+    grid: int = 3,
+    cell: int = 12,
+    texts: int = 6,
+    kinds: Sequence[str] = KINDS,
+) -> Iterator[Sample]:
     """Generate `count` pictures of `grid` x `grid` cells of `cell` pixels with `texts` questions each.
+
+    The questions of a picture take their kinds from `kinds` in turn; a kind that stands there twice is asked twice as
+    often.
 
     Raises:
         InputError: an option is out of range, or (while iterating) the grid is too small for so many scenes.
@@ -60,11 +72,16 @@ def shapes(split: str, count: int, *, seed: int = 0, grid: int = 3, cell: int = 
     for name, (number, least, most) in limits.items():
         if not least <= number <= most:
             raise InputError(f"expected --{name} from {least} to {most}, got {number}")
-    return _generate(split, count, seed, grid, cell, texts)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise InputError(f"expected --kinds of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}")
+    return _generate(split, count, seed, grid, cell, texts, tuple(kinds))
 
 
-def _generate(split: str, count: int, seed: int, grid: int, cell: int, texts: int) -> Iterator[Sample]:
-    rng = random.Random(f"shapes {split} {seed} {grid} {texts}")
+def _generate(
+    split: str, count: int, seed: int, grid: int, cell: int, texts: int, kinds: tuple[str, ...]
+) -> Iterator[Sample]:
+    rng = random.Random(" ".join(map(str, ("shapes", split, seed, grid, texts, *(kinds if kinds != KINDS else ())))))
     balance = _Balance(rng)
     seen: set[Scene] = set()
     for number in range(count):
@@ -72,7 +89,7 @@ def _generate(split: str, count: int, seed: int, grid: int, cell: int, texts: in
             scene = _make_scene(rng, grid)
             if scene in seen or split_of(scene) != split:
                 continue
-            asked = _ask(scene, grid, texts, balance, rng)
+            asked = _ask(scene, grid, [kinds[number % len(kinds)] for number in range(texts)], balance, rng)
             if asked is not None:
                 break
         else:
@@ -161,7 +178,9 @@ class _Balance:
             self._asked[question] += sign
 
 
-def _ask(scene: Scene, grid: int, texts: int, balance: _Balance, rng: random.Random) -> tuple[Text, ...] | None:
+def _ask(
+    scene: Scene, grid: int, kinds: Sequence[str], balance: _Balance, rng: random.Random
+) -> tuple[Text, ...] | None:
     """Choose balanced questions for a scene, or None where it offers too few."""
     facts = _Facts.of(scene, grid)
     finders: dict[str, Callable[[str], list[Question]]] = {
@@ -171,8 +190,7 @@ def _ask(scene: Scene, grid: int, texts: int, balance: _Balance, rng: random.Ran
     }
     chosen: list[tuple[Question, str]] = []
     taken: set[Question] = set()
-    for number in range(texts):
-        kind = KINDS[number % len(KINDS)]
+    for kind in kinds:
         answer = balance.next_answer(kind)
         candidates = [question for question in finders[kind](answer) if question not in taken]
         question = balance.choose(candidates, answer)
@@ -319,12 +337,21 @@ _PALETTE = bytes(3) + bytes(
 )
 
 
-def shapes_source(split: str, count: int, *, seed: int = 0, grid: int = 3, cell: int = 12, texts: int = 6) -> Source:
+def shapes_source(
+    split: str,
+    count: int,
+    *,
+    seed: int = 0,
+    grid: int = 3,
+    cell: int = 12,
+    texts: int = 6,
+    kinds: Sequence[str] = KINDS,
+) -> Source:
     """Make the `shapes` source of an import; the options are those of `shapes`.
 
     Raises:
         InputError: see `shapes`.
     """
-    samples = shapes(split, count, seed=seed, grid=grid, cell=cell, texts=texts)
-    arguments = {"count": count, "seed": seed, "grid": grid, "cell": cell, "texts": texts}
+    samples = shapes(split, count, seed=seed, grid=grid, cell=cell, texts=texts, kinds=kinds)
+    arguments = {"count": count, "seed": seed, "grid": grid, "cell": cell, "texts": texts, "kinds": list(kinds)}
     return Source("shapes", split, arguments, count, found_samples(samples))

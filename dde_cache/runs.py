@@ -1,0 +1,118 @@
+"""The folder of a training run: its settings, what it reads, and its metrics.
+
+RUN/config.yaml     resolved settings; `--config` takes it as it is
+RUN/inputs.json     what else a resumed run must share: data, targets, initial weights
+RUN/metrics.jsonl   losses, learning rate and times by step; validation accuracy
+RUN/checkpoints/    the newest checkpoint
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from dde_cache.errors import RunError, bullet_list
+from dde_cache.stream import Shuffle
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+INPUTS = "inputs.json"
+
+MAY_CHANGE = ("workers", "log_every", "save_every")
+"""Settings that do not change what is trained."""
+
+
+class FitConfig(BaseModel):
+    """How a model is fitted. Learning rate: linear warm-up over `warmup` of the steps, then linear decay to 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(default=1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=128, ge=1, description="pairs a step")
+    learning_rate: float = Field(default=5e-4, gt=0)
+    head_learning_rate_factor: float = Field(
+        default=1.0, gt=0, description="times the learning rate, for the task head"
+    )
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps")
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: str = Field(default="no", pattern="^(no|bf16|fp16)$")
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=1, ge=0, description="processes that read batches ahead; 0: none")
+    shuffle_shards: int = Field(default=8, ge=1, description="shards whose chunks are mixed")
+    shuffle_chunks: int = Field(default=32, ge=1, description="chunks of 256 pairs that are mixed pair by pair")
+    log_every: int = Field(default=20, ge=1, description="steps")
+    valid_every: int = Field(default=500, ge=1, description="steps")
+    save_every: int = Field(default=500, ge=1, description="steps")
+
+    def shuffle(self) -> Shuffle:
+        """How the pairs are mixed."""
+        return Shuffle(self.seed, self.shuffle_shards, self.shuffle_chunks)
+
+
+def open_run(
+    folder: Path, config: FitConfig, *, resume: bool, inputs: Mapping[str, str | int | None] | None = None
+) -> None:
+    """Begin a run's folder with its resolved configuration, or check that a resumed run has the same.
+
+    Args:
+        folder: of the run.
+        config: resolved settings.
+        resume: go on with a run that was begun.
+        inputs: what else must be the same when the run goes on.
+
+    Raises:
+        RunError: the folder is taken, or `resume` with other settings or inputs, or where no run was begun.
+    """
+    path = folder / CONFIG
+    values = config.model_dump(mode="json")
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "holds a run" if path.exists() else "is not empty and no run of ours"
+            raise RunError(f"{folder}: {what}; choose another --out" + (", or pass --resume" if path.exists() else ""))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INPUTS).write_text(json.dumps(inputs or {}, indent=1) + "\n")
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return
+    if not path.is_file():
+        raise RunError(f"{folder}: expected a run to resume, found none; start without --resume")
+    try:
+        begun = {**yaml.safe_load(path.read_text()), **json.loads((folder / INPUTS).read_text())}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{folder}: its {CONFIG} or {INPUTS} cannot be read: {error}; choose another --out") from error
+    differences = [
+        f"{name}: begun with {begun.get(name)}, now {value}"
+        for name, value in {**values, **(inputs or {})}.items()
+        if begun.get(name) != value and name not in MAY_CHANGE
+    ]
+    if differences:
+        raise RunError(f"{folder}: --resume needs what the run was begun with:{bullet_list(differences, 20)}")
+
+
+class Metrics:
+    """`metrics.jsonl`, cut back to a step when a run resumes there."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if step and path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self._file = path.open("a")
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        """Add one line."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()

@@ -1,0 +1,39 @@
+"""Every benchmark runs at its small size and prints a ratio; how fast this machine is today is not tested."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+NAMES = ("extraction", "reading", "sample_teacher", "size", "training_step")
+
+
+def run(name, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, FOLDER / f"{name}.py", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_benchmark_is_listed():
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*NAMES, "common"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_prints_ratios_limits_and_the_machine(name):
+    printed = run(name, "--size", "small")
+    ratios = re.findall(r"^RATIO .+: (\d+\.\d+) \(.+\); reach: .+$", printed, re.MULTILINE)
+    assert ratios
+    assert all(float(ratio) > 0 for ratio in ratios)
+    assert "limit: " in printed
+    assert "machine: " in printed
+
+
+def test_docs_name_every_benchmark():
+    page = (FOLDER.parent / "docs" / "benchmarks.md").read_text()
+    assert [name for name in NAMES if f"benchmarks/{name}.py" not in page] == []

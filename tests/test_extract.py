@@ -1,0 +1,223 @@
+"""Extraction: deterministic, resumable after anything, and refused before hours are spent."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from conftest import picture
+from pipeline import Child, cli, make_cache, make_samples, make_shards, png, tree, wait_for
+from transformers import ViltModel
+
+from dde_cache.errors import CacheError, InputError, TeacherError
+from dde_cache.extract import ExtractConfig, ExtractProgress, extract
+from dde_cache.samples import Sample
+from dde_cache.store import Cache
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards") / "train", make_samples(12), size=2)
+
+
+@pytest.fixture(scope="module")
+def finished(shards, teacher_folder, tmp_path_factory):
+    return make_cache(shards, teacher_folder, tmp_path_factory.mktemp("finished") / "cache")
+
+
+def command(shards, teacher_folder, out, *more):
+    return ("extract", shards[0].path.parent, "--teacher", teacher_folder, "--out", out, "--batch-size", 4, *more)
+
+
+def test_twice_gives_the_same_bytes(shards, finished, teacher_folder, tmp_path):
+    make_cache(shards, teacher_folder, tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(finished.folder)
+    make_cache(shards, teacher_folder, tmp_path / "workers", workers=1)
+    assert tree(tmp_path / "workers") == tree(finished.folder)
+
+
+def test_a_second_run_skips_what_is_finished(shards, finished, teacher_folder, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "cache")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "units").iterdir()}
+    seen = []
+    summary = extract(
+        shards, str(teacher_folder), folder, ExtractConfig(batch_size=4), ExtractProgress(unit=seen.append)
+    )
+    assert (summary.pairs, summary.units, summary.skipped_pairs) == (0, 6, 24)
+    assert seen == []
+    assert {path: path.stat().st_mtime_ns for path in (folder / "units").iterdir()} == before
+    (folder / "units" / "000003.zarr.zip").unlink()
+    summary = extract(
+        shards, str(teacher_folder), folder, ExtractConfig(batch_size=4), ExtractProgress(unit=seen.append)
+    )
+    assert [entry.name for entry in seen] == ["000003.zarr.zip"]
+    assert summary.pairs == 3
+    assert tree(folder) == tree(finished.folder)
+
+
+def test_a_finished_unit_of_other_samples_is_not_skipped(finished, teacher_folder, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "cache")
+    other = make_shards(tmp_path / "other", make_samples(12, seed=9), size=2)
+    with pytest.raises(CacheError, match=r"(?s)000000\.zarr\.zip: the finished unit was made from other samples"):
+        make_cache(other, teacher_folder, folder)
+    assert tree(folder) == tree(finished.folder)
+
+
+# --- kill -9
+
+
+def killed_in(target, count):
+    """A hook for a child: the `count`-th call of a function of `os` ends the process on the spot."""
+    import os
+
+    def install():
+        original, calls = getattr(os, target), []
+
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        setattr(os, target, call)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("replace", 1),  # before the first manifest has its name
+        ("replace", 2),  # a unit is written, but not under its name
+        ("replace", 3),  # a unit is there, its manifest is not
+        ("fsync", 4),  # in the middle of a unit
+        ("replace", 9),
+    ],
+)
+def test_killed_at_the_worst_moment(shards, finished, teacher_folder, tmp_path, target, count):
+    out = tmp_path / "cache"
+    child = Child(*command(shards, teacher_folder, out), folder=tmp_path, before=killed_in(target, count))
+    assert child.wait() == -signal.SIGKILL
+    if (out / "manifest.json").exists():
+        cache = Cache(out)
+        assert len(cache.manifest.units) < 6
+        for entry in cache.manifest.units:
+            cache.unit(entry).check_readable()
+    make_cache(shards, teacher_folder, out)
+    left = tree(out)
+    assert {name: value for name, value in left.items() if not name.endswith(".partial")} == tree(finished.folder)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_a_random_moment(shards, finished, teacher_folder, tmp_path, seed):
+    out = tmp_path / "cache"
+    child = Child(*command(shards, teacher_folder, out), folder=tmp_path)
+    units = random.Random(seed).randrange(5)
+    wait_for(lambda: len(list(out.glob("units/[0-9]*"))) >= units)
+    time.sleep(random.Random(seed).random() / 50)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    make_cache(shards, teacher_folder, out)
+    left = tree(out)
+    assert {name: value for name, value in left.items() if not name.endswith(".partial")} == tree(finished.folder)
+
+
+# --- options
+
+
+def test_other_options_on_the_same_folder(finished, shards, teacher_folder, save_teacher):
+    with pytest.raises(CacheError) as caught:
+        make_cache(shards, teacher_folder, finished.folder, k=4, heads="mean", queries="all")
+    for line in ("k: expected 4, got 8", 'heads: expected "mean", got "all"', 'queries: expected "all", got "valid"'):
+        assert line in str(caught.value)
+    with pytest.raises(CacheError, match=r"teacher\.weights: expected "):
+        make_cache(shards, save_teacher(seed=8), finished.folder)
+
+
+def test_all_keys_or_some(shards, teacher_folder, tmp_path):
+    whole = extract(shards[:1], str(teacher_folder), tmp_path / "a", ExtractConfig(k=None, weights="float32"))
+    some = extract(shards[:1], str(teacher_folder), tmp_path / "b", ExtractConfig(k=1, weights="float32"))
+    assert whole.kept_mass == pytest.approx(1)
+    assert 0.1 < some.kept_mass < 0.95
+    assert some.bytes < whole.bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"k": 13}, r"expected k up to 12 \(image tokens \d+, text tokens 12\), got 13; use --k all"),
+        ({"layers": (3,)}, r"expected different layers from 0 to 2, got \[3\]"),
+        ({"layers": (1, 1)}, r"expected different layers from 0 to 2, got \[1, 1\]"),
+        ({"layers": (-1,)}, r"expected different layers from 0 to 2"),
+        ({"device": "cuda:77"}, "expected --device cpu or a GPU"),
+        ({"device": "toaster"}, "expected --device cpu or a GPU"),
+    ],
+)
+def test_options_that_do_not_fit(shards, teacher_folder, tmp_path, config, message):
+    with pytest.raises(InputError, match=message):
+        extract(shards, str(teacher_folder), tmp_path / "cache", ExtractConfig(**config))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_row_with_fewer_valid_keys_keeps_them_all(shards, teacher_folder, tmp_path):
+    cache = make_cache(shards[:1], teacher_folder, tmp_path / "cache", k=12)
+    unit = cache.unit(cache.manifest.units[0])
+    assert float(abs(unit.array("maps/t2i/tail").astype(float)).max()) == 0
+
+
+# --- shards that cannot be used
+
+
+def test_a_picture_that_the_patch_does_not_divide(teacher_folder, tmp_path):
+    samples = make_samples(2, sizes=((30, 24),))
+    with pytest.raises(InputError, match=r"(?s)key-000.*multiples of the patch of 12 px, got 30 x\s+24 px"):
+        make_cache(make_shards(tmp_path / "train", samples), teacher_folder, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_bad_picture_later_on_keeps_what_is_finished(shards, finished, teacher_folder, tmp_path):
+    samples = make_samples(4)
+    samples[3] = Sample(samples[3].key, (png(picture(13, 13)),), samples[3].texts)
+    with pytest.raises(InputError, match="key-003"):
+        make_cache(make_shards(tmp_path / "train", samples, size=2), teacher_folder, tmp_path / "cache")
+    assert [entry.name for entry in Cache(tmp_path / "cache").manifest.units] == ["000000.zarr.zip"]
+
+
+def test_two_images_for_a_teacher_of_one(teacher_folder, tmp_path):
+    samples = [Sample(one.key, one.images * 2, one.texts) for one in make_samples(2)]
+    with pytest.raises(InputError, match=r"expected 1 image\(s\) a sample for this teacher, got 2"):
+        make_cache(make_shards(tmp_path / "train", samples), teacher_folder, tmp_path / "cache")
+
+
+def test_shards_of_the_same_file_name(shards, teacher_folder, tmp_path):
+    other = make_shards(tmp_path / "other", [Sample(f"x{one.key}", one.images, one.texts) for one in make_samples(2)])
+    with pytest.raises(InputError, match=r"(?s)different file names, got twice.*000000\.zarr\.zip"):
+        make_cache([*shards, *other], teacher_folder, tmp_path / "cache")
+
+
+def test_a_teacher_without_a_task_head_gives_maps_alone(shards, save_teacher, tmp_path):
+    cache = make_cache(shards[:1], save_teacher(ViltModel), tmp_path / "cache")
+    assert cache.labels is None
+    assert cache.spec.classes is None
+    assert not cache.unit(cache.manifest.units[0]).has_logits
+
+
+def test_no_teacher(shards, tmp_path):
+    with pytest.raises(TeacherError, match="expected a checkpoint folder"):
+        extract(shards, str(tmp_path / "nowhere"), tmp_path / "cache", ExtractConfig())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_says_what_it_did(shards, teacher_folder, tmp_path):
+    done = cli(*command(shards, teacher_folder, tmp_path / "cache", "--k", "all", "--json"))
+    assert done.code == 0, done.err
+    import json
+
+    summary = json.loads(done.out)
+    assert summary["pairs"] == 24
+    assert summary["kept_mass"] == pytest.approx(1, abs=1e-3)
+    assert "patches" in done.err
+    again = cli(*command(shards, teacher_folder, tmp_path / "cache", "--k", "all"))
+    assert again.code == 0
+    assert "pairs in finished units" in again.out
