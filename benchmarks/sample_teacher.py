@@ -22,11 +22,7 @@ from common import arguments, print_machine, print_ratio
 
 CONFIG = Path(__file__).with_name("sample_teacher.yaml")
 SHARED = ("steps", "batch_size", "learning_rate", "valid_every", "save_every", "log_every", "workers")
-IMPORT = {
-    "train": ("--count", 60_000, "--texts", 4, "--kinds", "exists,row,neighbour,neighbour"),
-    "valid": ("--count", 500),
-    "test": ("--count", 2_000),
-}
+PICTURES = {"train": 40_000, "valid": 500, "test": 1_000}
 SMALL = {"steps": 4, "batch_size": 8, "valid_every": 4, "save_every": 4}
 
 
@@ -52,9 +48,9 @@ def settings(values: dict[str, Any]) -> list[str]:
 
 def make(out: Path, full: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run everything; return the reports of the teacher and of the dual encoder."""
-    for split, options in IMPORT.items():
-        options = options if full else ("--count", 40, *options[2:])
-        dde_cache("data", "import", "shapes", "--split", split, *options, "--out", out / split)
+    for split, pictures in PICTURES.items():
+        count = pictures if full else 40
+        dde_cache("data", "import", "shapes", "--split", split, "--count", count, "--out", out / split)
     changed = {} if full else SMALL
     train, valid, teacher, plain = out / "train", out / "valid", out / "teacher", out / "dual-encoder"
     dde_cache("teacher", "train", train, "--valid", valid, "--config", CONFIG, "--out", teacher, *settings(changed))

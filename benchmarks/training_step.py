@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def run_steps(folder: Path, run: Path, ways: Sequence[str], steps: int, batch_si
 
     def mark(step: int, record: Mapping[str, float]) -> None:
         peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        marks.append({"seconds": record["seconds"], "wait": record["wait_seconds"], "peak": peak})
+        marks.append(
+            {"seconds": record["seconds"], "wait": record["wait_seconds"], "peak": peak, "cpu": time.process_time()}
+        )
         if step == steps:
             raise Enough
 
@@ -139,9 +142,12 @@ def main() -> None:
         shards = pictures_with_questions(folder / "shards", shape, alone_steps * given.batch_size)
         extract(shards, str(folder / "teacher"), folder / "cache", ExtractConfig(batch_size=16))
         steps = len(WAYS) * (rounds + warm_up)
-        marks = run_steps(folder, folder / "turns", WAYS, steps, given.batch_size)
+        # First, because Linux counts the peak of the process that starts another one as that one's own.
         measured = {way: alone(folder, way, alone_steps, given.batch_size) for way in ("cached", "online")}
+        marks = run_steps(folder, folder / "turns", WAYS, steps, given.batch_size)
     busy = [seconds - wait for seconds, wait in zip(per_step(marks, "seconds"), per_step(marks, "wait"), strict=True)]
+    if given.clock == "cpu":
+        busy = per_step(marks, "cpu")
     times = {way: busy[number + len(WAYS) * warm_up :: len(WAYS)] for number, way in enumerate(WAYS)}
     middle = {way: statistics.median(values) for way, values in times.items()}
     print_ratio(
@@ -174,7 +180,8 @@ def main() -> None:
         f"{peaks['online']:.2f} GiB",
     )
     print(
-        f"  batch {given.batch_size}, {shape.side} px, width {shape.hidden_size}, {shape.layers} blocks, float32; "
+        f"  batch {given.batch_size}, {shape.side} px, width {shape.hidden_size}, {shape.layers} blocks, float32, "
+        + f"{given.clock} time; "
         + "seconds a step: "
         + ", ".join(f"{way} {value:.3f}" for way, value in middle.items())
     )

@@ -94,5 +94,7 @@ def main() -> None:
     """Run the command line."""
     # Hugging Face's own bars would be drawn into ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Our own messages say what is wrong with a checkpoint; its report on every load does not.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate)\b.*")
     app()

@@ -8,8 +8,10 @@ and one zstd frame, decompressed where it stays. Arrays of any other make are fo
 """
 
 import json
+import math
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ class _Layout:
     records: int
     order: tuple[int, ...]
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decompressed chunk."""
+        return math.prod((self.records, *self.shape[1:])) * self.dtype.itemsize
+
     def blank(self, records: int) -> np.ndarray:
         """Memory for some records, in the order on disk and seen in the array's own order."""
         shape = (records, *self.shape[1:])
@@ -53,6 +60,7 @@ class Blocks:
         with zipfile.ZipFile(path) as archive:
             self._members = {member.filename: member for member in archive.infolist()}
         self._file = open(path, "rb")  # noqa: SIM115
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def read(self, name: str, rows: slice) -> np.ndarray | None:
         """Read rows of an array, or return None where it is not of our make.
@@ -63,7 +71,7 @@ class Blocks:
             OSError: the file cannot be read.
         """
         if name not in self._layouts:
-            self._layouts[name] = _parse(json.loads(self._member(f"{name}/zarr.json")))
+            self._layouts[name] = _parse(json.loads(self._metadata(f"{name}/zarr.json")))
         layout = self._layouts[name]
         start, stop, step = rows.indices(layout.shape[0] if layout else 0)
         if layout is None or step != 1 or start >= stop:
@@ -84,11 +92,17 @@ class Blocks:
         frame, checksum = block[:-_CHECKSUM_BYTES], block[-_CHECKSUM_BYTES:]
         if google_crc32c.value(frame).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
             raise ValueError(f"the checksum of chunk {number} does not hold")
+        if _content_bytes(frame) != layout.chunk_bytes:
+            raise ValueError(f"chunk {number}: expected {layout.chunk_bytes} bytes, got {_content_bytes(frame)}")
         chunk = layout.blank(layout.records)
-        if _content_bytes(frame) != chunk.nbytes:
-            raise ValueError(f"chunk {number}: expected {chunk.nbytes} bytes, got {_content_bytes(frame)}")
         decompress(frame, chunk.transpose(layout.order))
         return chunk
+
+    def _metadata(self, name: str) -> bytes:
+        content = self._member(name)
+        if zlib.crc32(content) != self._members[name].CRC:
+            raise ValueError(f"{name}: the checksum does not hold")
+        return content
 
     def _member(self, name: str) -> bytes:
         """The bytes of a stored zip member. `pread` leaves alone the position that forked processes share."""
@@ -98,6 +112,8 @@ class Blocks:
         header = os.pread(self._file.fileno(), _LOCAL_HEADER_BYTES, member.header_offset)
         skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         start = member.header_offset + _LOCAL_HEADER_BYTES + skip
+        if start + member.file_size > self._size:
+            raise ValueError(f"{name}: expected {member.file_size} bytes, but the file ends before")
         content = os.pread(self._file.fileno(), member.file_size, start)
         if len(content) != member.file_size:
             raise ValueError(f"{name}: expected {member.file_size} bytes, got {len(content)}")

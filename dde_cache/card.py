@@ -35,7 +35,7 @@ license: # fill in: the licences of teacher and data may bind these targets
 |---|---|
 | teacher | `{provenance.teacher}` ({spec.teacher.family}), weights {spec.teacher.weights[:16]} |
 | shards | `{provenance.shards}` |
-| maps | layers {", ".join(map(str, spec.layers))} of {spec.teacher_layers}, {spec.stored_heads} heads; of each row {kept} |
+| maps | layers {", ".join(map(str, spec.layers))} of {spec.teacher_layers}, {spec.stored_heads} heads; {kept} |
 | weights | {spec.weights}; query rows: {spec.queries} |
 | logits | {"none" if spec.classes is None else f"{spec.classes} answers"} |
 | fingerprint | `{manifest.fingerprint}` |

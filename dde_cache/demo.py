@@ -111,13 +111,17 @@ def demo(
             settings,
             init=config.init,
             about={"shards": "train", "targets": name, "init": config.init},
-            progress=Progress(step=lambda number, _record, done=done: done(number)),
+            progress=_steps(done),
         )
         students[name] = DemoStudent(score=evaluate(load_subject(str(run)), test), run=record)
     teacher = evaluate(load_subject(SAMPLE_TEACHER), test, baseline_shards=shards)
     return DemoReport(
         teacher=teacher, students=students, extraction=extraction, conclusion=conclusion(teacher, students)
     )
+
+
+def _steps(done: Callable[[int], None]) -> Progress:
+    return Progress(step=lambda number, _record: done(number))
 
 
 def _extract(shards: Sequence[Shard], out: Path, stage: Stage) -> ExtractSummary:
@@ -148,6 +152,6 @@ def conclusion(teacher: EvaluationReport, students: dict[str, DemoStudent]) -> s
     left = (teacher.overall.accuracy - full) * 100
     return (
         f"With soft labels and attention from the cache the student answers {full:.1%} of {pairs:,} test questions: "
-        f"{verdicts[0]}; {verdicts[1]}; {abs(left):.1f} points {'below' if left >= 0 else 'above'} its teacher. (Chance "
-        f"alone makes differences up to {chance * 100:.1f} points; this is one seed.)"
+        f"{verdicts[0]}; {verdicts[1]}; {abs(left):.1f} points {'below' if left >= 0 else 'above'} its teacher. "
+        f"(Chance alone makes differences up to {chance * 100:.1f} points; this is one seed.)"
     )

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dde_cache.card import write_card
 from dde_cache.codec import EncodedAttention, encode
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
+from dde_cache.interrupt import FinishStep
 from dde_cache.records import Records, assemble
 from dde_cache.samples import Shard
 from dde_cache.spec import (
@@ -162,7 +163,7 @@ class _Run:
         batches = iter(batch_loader(dataset, [batch for order in orders for batch in order], self._config.workers))
         entries = []
         for number, (shard, name) in enumerate(todo):
-            records = [self._records(next(batches)) for _ in orders[number]]
+            records = self._read(batches, len(orders[number]))
             samples = list(shard)
             self.cut_texts += preprocessor.longer_than_allowed([text.text for one in samples for text in one.texts])
             arrays = assemble(records, samples, self._spec)
@@ -185,6 +186,19 @@ class _Run:
             self._progress.unit(entry)
             entries.append(entry)
         return entries
+
+    def _read(self, batches: Iterator[Batch], count: int) -> list[Records]:
+        """Run the teacher on the batches of one unit.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, between two batches.
+        """
+        records = []
+        with FinishStep() as interrupt:
+            for _ in range(count):
+                records.append(self._records(next(batches)))
+                interrupt.check()
+        return records
 
     def _records(self, batch: Batch) -> Records:
         """Run the teacher on one batch and encode its maps."""

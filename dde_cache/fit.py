@@ -9,14 +9,11 @@ import json
 import math
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 
 from dde_cache.batches import Batch, to_device
 from dde_cache.errors import RunError
+from dde_cache.interrupt import FinishStep
 from dde_cache.runs import CHECKPOINTS, METRICS, FitConfig, Metrics
 
 Losses = Mapping[str, Tensor]
@@ -144,7 +142,7 @@ class Fit:
             KeyboardInterrupt: after Ctrl-C, once the running step is finished and a checkpoint is written.
         """
         state, config = self._state, self._config
-        with Metrics(self._run / METRICS, state.step) as metrics, _FinishStep() as interrupt:
+        with Metrics(self._run / METRICS, state.step) as metrics, FinishStep() as interrupt:
             batches = iter(loader(state.step))
             while state.step < config.steps:
                 self._step(batches, metrics)
@@ -248,28 +246,6 @@ def _accelerator(precision: str) -> Accelerator:
         return Accelerator(mixed_precision=precision)
     except ValueError as error:
         raise RunError(f"expected a precision that this device can do, got {precision!r}: {error}") from error
-
-
-class _FinishStep:
-    """Lets the running step finish on Ctrl-C; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._main = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> "_FinishStep":
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_error: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
 
 
 def _parameter_groups(model: nn.Module, config: FitConfig) -> list[dict[str, Any]]:

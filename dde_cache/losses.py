@@ -71,7 +71,9 @@ def sparse_kl(
     open_rows = (mass > 0) & rest.any(-1)
     if tail == "uniform":
         count = rest.sum(-1).clamp_min(1)
-        even = torch.xlogy(mass, mass / count) - mass / count * torch.where(rest, student, 0.0).sum(-1)
+        # Not log(mass / count): the smallest masses would become log(0).
+        negative_entropy = torch.xlogy(mass, mass) - mass * count.log()
+        even = negative_entropy - mass / count * torch.where(rest, student, 0.0).sum(-1)
         return known + torch.where(open_rows, even, 0.0)
     others = torch.where(rest, student, torch.finfo(student.dtype).min)
     log_rest = torch.where(open_rows[..., None], others, 0.0).logsumexp(-1)

@@ -74,7 +74,8 @@ def open_run(
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             what = "holds a run" if path.exists() else "is not empty and no run of ours"
-            raise RunError(f"{folder}: {what}; choose another --out" + (", or pass --resume" if path.exists() else ""))
+            advice = "choose another --out" + (", or pass --resume" if path.exists() else "")
+            raise RunError(f"{folder}: expected a new or empty folder, but it {what}; {advice}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INPUTS).write_text(json.dumps(inputs or {}, indent=1) + "\n")
         path.write_text(yaml.safe_dump(values, sort_keys=False))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dde_cache.attention import SparseAttention
@@ -100,11 +100,11 @@ class _Chunk:
     """A decompressed chunk of one table."""
 
     maps: Mapping[str, EncodedAttention]
-    logits: Tensor | None
+    logits: Float[np.ndarray, "r c"]
 
     @property
     def nbytes(self) -> int:
-        return sum(held.nbytes for held in self.maps.values()) + (0 if self.logits is None else self.logits.nbytes)
+        return sum(held.nbytes for held in self.maps.values()) + self.logits.nbytes
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,11 @@ class CacheTargets:
         rows = slice(chunk * CHUNK_PAIRS, (chunk + 1) * CHUNK_PAIRS)
         unit = self._units(shard).unit
         if table == "logits":
-            return _Chunk({}, torch.from_numpy(unit.array("predictions/logits", rows)))
+            return _Chunk({}, unit.array("predictions/logits", rows))
         encoded = unit.attention(table, rows)
         keys = unit.maps.image_tokens if table == "t2i" else unit.maps.text_tokens
         _check_chunk(encoded, keys[rows], f"{unit.path}: {table}")
-        return _Chunk({table: encoded}, None)
+        return _Chunk({table: encoded}, np.empty((0, 0), np.float32))
 
     def _members(self, pairs: Sequence[Pair], table: Literal["first_record", "prediction"]) -> Sequence[_Members]:
         """Group pairs by the chunk in which their rows of a table lie."""
@@ -224,10 +224,10 @@ class CacheTargets:
         """
         batch: dict[str, Tensor] = {}
         if self._cache.labels is not None:
-            logits = torch.empty(len(pairs), len(self._cache.labels))
+            logits = np.empty((len(pairs), len(self._cache.labels)), np.float32)
             for some in self._members(pairs, "prediction"):
-                logits[some.numbers] = self._chunks((some.shard, "logits", some.chunk)).logits[some.rows]  # type: ignore[index]
-            batch["logits"] = logits
+                logits[some.numbers] = self._chunks((some.shard, "logits", some.chunk)).logits[some.rows]
+            batch["logits"] = torch.from_numpy(logits)
         if not self._attention:
             return batch
         members = self._members(pairs, "first_record")

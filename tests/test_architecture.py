@@ -12,7 +12,8 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 ORDER = (
     "errors", "spec", "configs", "attention", "blocks", "codec", "images", "tars", "samples", "stream", "unit",
     "preprocess", "store", "card", "vilt", "teacher", "student", "losses", "targets", "batches", "records", "scores",
-    "runs", "fit", "distill", "teach", "identity", "extract", "summary", "importers", "train", "evaluate", "demo",
+    "runs", "interrupt", "fit", "distill", "teach", "identity", "extract", "summary", "importers", "train", "evaluate",
+    "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 

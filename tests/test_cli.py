@@ -271,7 +271,7 @@ def test_wrong_options(road, tmp_path):
         (("--targets", road / "cache-train", "--set", "steps"), "expected --set name=value, got 'steps'"),
         (("--targets", road / "cache-train", "--set", "steps=["), "with a value in YAML"),
         (("--targets", road / "cache-train", "--batch-size", 100), "at least one batch of 100 pairs, got 72 pairs"),
-        (("--targets", road / "cache-train", "--resume"), "expected a run to resume, found none"),
+        (("--targets", road / "cache-train", "--batch-size", 8, "--resume"), "expected a run to resume, found none"),
     ):
         fails("train", road / "train", "--out", tmp_path / "r", *options, expected=expected)
         assert not (tmp_path / "r").exists()

@@ -185,10 +185,12 @@ def test_indices_of_any_key_axis_survive(weights, keys):
 
 
 def test_one_code_is_one_weight_wherever_it_stands():
-    weight = (2.0 ** -(torch.arange(255) / 16)).repeat_interleave(37).reshape(255, 1, 37, 1)
-    weight = torch.cat([torch.ones_like(weight), weight], dim=-1)
-    decoded = decode(encode(SparseAttention(torch.zeros_like(weight).long(), weight, weight[..., 0] * 0), "log8", 2))
-    assert (decoded.weight == decoded.weight[:, :, :1]).all()
+    """Vectorised functions round the last few elements of a tensor in another way than the others."""
+    index = torch.zeros(1, 1, 37, 2).long()
+    for code in range(255):
+        weight = torch.tensor([1.0, 2 ** (-code / 16)]).expand(1, 1, 37, 2)
+        decoded = decode(encode(SparseAttention(index, weight, torch.zeros(1, 1, 37)), "log8", 2))
+        assert (decoded.weight == decoded.weight[:, :, :1]).all()
 
 
 def test_codes_beyond_the_last_are_empty_slots():

@@ -141,7 +141,7 @@ def test_a_run_keeps_the_baselines_of_its_training_shards(teacher_folder, train_
     found = evaluate(subject, test_shards, cache=taught)
     assert found.overall.frequent_answer is not None
     assert 0 <= found.overall.agreement <= 1
-    with pytest.raises(CacheError, match="shards and cache do not hold the same samples|no key is on both sides"):
+    with pytest.raises(CacheError, match=r"shards and cache do not hold the same samples|no key is on both sides"):
         evaluate(subject, train_shards, cache=taught)
 
 
@@ -156,7 +156,7 @@ def test_no_labels_at_all(teacher_folder, tmp_path):
 
 def test_unknown_labels(teacher_folder, tmp_path):
     shards = make_shards(tmp_path / "s", relabelled(make_samples(3), lambda number, slot: "maybe"))
-    with pytest.raises(InputError, match="(?s)answers, got 1 others.*'maybe'"):
+    with pytest.raises(InputError, match=r"(?s)answers, got 1 others.*'maybe'"):
         evaluate(load_subject(str(teacher_folder)), shards)
 
 

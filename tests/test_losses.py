@@ -208,6 +208,15 @@ def test_a_tail_without_keys_to_hold_it_is_left_out(tail):
     torch.testing.assert_close(sparse_kl(rounded, student, mask, tail), dense_kl(teacher, student))
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_smallest_tail_gives_a_finite_loss(tail):
+    tiny = torch.tensor([[[1e-45]]])
+    teacher = SparseAttention(torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.ones(1, 1, 1, 1), tiny)
+    student = torch.tensor([[[[0.0, -200.0, -200.0, -200.0]]]])
+    rows = sparse_kl(teacher, student, torch.ones(1, 4, dtype=torch.bool), tail)
+    assert rows.item() == pytest.approx(0, abs=1e-30)
+
+
 def test_mean_heads_is_the_log_of_the_mean_probability():
     _, query, key, mask = draw_pair(3, heads=4)
     each = log_attention(query, key, mask).exp()

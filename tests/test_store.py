@@ -1,4 +1,4 @@
-"""A cache refuses what is damaged, swapped or from elsewhere, by name, and never takes over a folder that is not ours."""
+"""A cache refuses by name what is damaged, swapped or from elsewhere, and takes over no folder that is not ours."""
 
 import json
 import os

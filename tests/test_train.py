@@ -201,7 +201,7 @@ def steps_of(out):
 def test_the_teacher_is_never_opened(shards, save_teacher, tmp_path):
     """The teacher's folder is deleted, and every way to a ViLT's weights is blocked."""
     folder = save_teacher(seed=3)
-    cache = make_cache(shards, folder, tmp_path / "cache", k=None, weights="float32")
+    make_cache(shards, folder, tmp_path / "cache", k=None, weights="float32")
     shutil.rmtree(folder)
     assert not [name for name in tree(tmp_path / "cache") if "safetensors" in name or name.endswith(".bin")]
 
