@@ -125,6 +125,14 @@ def test_an_unseen_question_gets_the_most_frequent_answer(train_shards):
     assert Baselines.model_validate_json(baselines.model_dump_json()) == baselines
 
 
+def test_a_baseline_outside_the_vocabulary_is_wrong(test_shards):
+    pairs = rows(test_shards)
+    label = torch.tensor([LABELS.index(label) if label else -100 for *_, label in pairs])
+    predictions = Predictions(torch.zeros(len(pairs), 3), label)
+    found = report(predictions, test_shards, LABELS, Baselines(answer="maybe", by_question={}))
+    assert found.overall.frequent_answer == found.overall.frequent_answer_to_question == 0
+
+
 def test_ties_go_to_the_first_in_the_alphabet(tmp_path):
     samples = relabelled(make_samples(4), lambda number, slot: ("yes", "no")[number % 2])
     samples = [Sample(one.key, one.images, one.texts[:1]) for one in samples]

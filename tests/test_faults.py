@@ -1,14 +1,17 @@
 """Ctrl-C and a full disk, for real: a clear message, nothing half-written that looks whole, and the same end later."""
 
 import json
+import os
 import shutil
 import signal
 
 import pytest
 from pipeline import Child, cli, make_cache, make_samples, make_shards, tree, wait_for
 
+from dde_cache.batches import PairDataset, batch_loader
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
+from dde_cache.stream import PairTable
 
 FIT = ("--set", "workers=1", "--set", "log_every=1", "--set", "save_every=1000", "--batch-size", 4)
 SMALL_TEACHER = [
@@ -100,6 +103,16 @@ def test_interrupted_teacher(shards, tmp_path):
     steps = [json.loads(line)["step"] for line in lines_of(out / "training" / "metrics.jsonl")]
     assert steps == list(range(1, 41))
     assert done < 40
+
+
+def test_a_worker_outlives_the_interrupt(shards, cache):
+    """Ctrl-C reaches the workers too; the batches that the running step still needs come all the same."""
+    dataset = PairDataset(shards, PairTable.of(shards), cache.preprocessor(), cache.labels)
+    order = [[number] for number in range(40)]
+    batches = iter(batch_loader(dataset, order, workers=1))
+    next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGINT)
+    assert len(list(batches)) == 39
 
 
 def test_interrupted_before_the_first_checkpoint(shards, cache, tmp_path):
