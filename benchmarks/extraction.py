@@ -141,7 +141,8 @@ def main() -> None:
         dense_bytes = sum(path.stat().st_size for path in dense.iterdir())
     each = {way: statistics.median(values) / pairs for way, values in seconds.items()}
     summary = extraction.summary
-    assert summary is not None
+    if summary is None:
+        raise RuntimeError("expected the extraction to have run in at least one round, but no round ran it")
     print_ratio(
         "extraction / bare teacher forward",
         seconds["extraction"],

@@ -262,10 +262,9 @@ def _check_first(shard: Shard, teacher: FusionTeacher, config: ExtractConfig) ->
         pixels = teacher.preprocessor.pixels(image)
     except InputError as error:
         raise InputError(f"{shard.path}, sample {sample.key!r}: {error}") from error
-    wanted = teacher.images or 1
-    if len(sample.images) != wanted:
+    if len(sample.images) != teacher.images:
         raise InputError(
-            f"{shard.path}, sample {sample.key!r}: expected {wanted} image(s) a sample for this teacher, got "
+            f"{shard.path}, sample {sample.key!r}: expected {teacher.images} image(s) a sample for this teacher, got "
             f"{len(sample.images)}"
         )
     height, width = pixels.shape[1:]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, ViltImageProcessorPil, ViltProcessor
 
@@ -215,7 +216,7 @@ def _from_checkpoint(init: str, labels: Sequence[str], config: TeachConfig) -> t
             ignore_mismatched_sizes=True,
             **_class_names(labels),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"{init}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
     return model, Preprocessor.load(path, shape.patch_size, shape.max_position_embeddings)
 
