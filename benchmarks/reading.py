@@ -22,7 +22,7 @@ from common import CLOCKS, TEXT_LENGTH, VILT_B32, arguments, by_turns, print_mac
 from numcodecs.zstd import decompress
 
 from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.codec import EncodedAttention, encode
+from dde_cache.codec import EncodedAttention, concatenate, encode
 from dde_cache.samples import Shard
 from dde_cache.spec import Group, Provenance, TargetSpec, TeacherIdentity, UnitAttributes, UnitEntry
 from dde_cache.store import Cache, CacheWriter
@@ -58,11 +58,6 @@ def softmax_rows(lengths: np.ndarray, random: torch.Generator) -> tuple[SparseAt
     return t2i, sparsify(keys.softmax(-1), min(KEPT, longest))
 
 
-def chosen(encoded: EncodedAttention, rows: torch.Tensor) -> EncodedAttention:
-    """Some records."""
-    return EncodedAttention(encoded.index[rows], encoded.weight[rows], encoded.tail[rows])
-
-
 def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
     """Write units of `records` pairs with the project's own writer; units hold the same pairs in other orders."""
     assets = folder / "made-assets"
@@ -94,13 +89,8 @@ def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
         for name, sparse, keys in zip(
             ("t2i", "i2t"), softmax_rows(counted, generator), (IMAGE_TOKENS, TEXT_LENGTH), strict=True
         ):
-            encoded[name].append(chosen(encode(sparse, "log8", keys), torch.arange(len(part))))
-    whole = {
-        name: EncodedAttention(
-            *(torch.cat([getattr(part, field) for part in parts]) for field in ("index", "weight", "tail"))
-        )
-        for name, parts in encoded.items()
-    }
+            encoded[name].append(encode(sparse, "log8", keys).records(torch.arange(len(part))))
+    whole = {name: concatenate(parts) for name, parts in encoded.items()}
     for number in range(units):
         name = f"{number:06d}"
         order = random.permutation(records)
@@ -122,14 +112,16 @@ def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
             keys=[f"{name}-{sample:06d}" for sample in range(records)],
             content=random.integers(0, 256, (records, 32), dtype=np.uint8),
             maps=columns,
-            t2i=chosen(whole["t2i"], rows),
-            i2t=chosen(whole["i2t"], rows),
+            t2i=whole["t2i"].records(rows),
+            i2t=whole["i2t"].records(rows),
             prediction_sample=np.arange(records),
             prediction_text=zeros,
             logits=random.normal(size=(records, classes)).astype(np.float32),
         )
         attributes = UnitAttributes(
+            spec=spec,
             fingerprint=spec.fingerprint,
+            assets=dict(writer.assets),
             source=f"{name}.tar",
             samples=records,
             pairs=records,
@@ -191,7 +183,7 @@ def read_cache(folder: Path, batch_size: int, seed: int) -> int:
     read = 0
     for numbers in BatchOrder(table, Shuffle(seed), batch_size, 0, batches):
         batch = reader.targets([table[number] for number in numbers])
-        read += len(batch["t2i.index"])
+        read += len(batch["t2i.weight"])
     return read
 
 

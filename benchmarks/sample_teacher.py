@@ -21,7 +21,8 @@ import yaml
 from common import arguments, print_machine, print_ratio
 
 CONFIG = Path(__file__).with_name("sample_teacher.yaml")
-SHARED = ("steps", "batch_size", "learning_rate", "valid_every", "save_every", "log_every", "workers")
+FIT = ("steps", "batch_size", "learning_rate", "warmup", "precision")
+SHARED = (*FIT, "valid_every", "save_every", "log_every", "workers")
 PICTURES = {"train": 40_000, "valid": 500, "test": 1_000}
 SMALL = {"steps": 4, "batch_size": 8, "valid_every": 4, "save_every": 4}
 

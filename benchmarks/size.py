@@ -3,7 +3,8 @@
 Measured: every file of units of a cache (maps, logits, keys, hashes, metadata) over the bytes of both maps, every head
 that is stored and the valid tokens alone, in float16 without compression: what a dense cache needs at least.
 
-With `--cache` a cache of your own; without it, caches of the sample teacher on generated pictures, for several k.
+With `--cache` a cache of your own; without it, caches of the sample teacher on generated pictures: by default, and for
+for several k.
 
 Limit: at 1, nothing is saved. Ten image tokens (3 x 3 patches and CLS) leave little to drop; a row of ViLT-B/32 has
 145 (see reading.py).
@@ -30,9 +31,9 @@ def show(folder: Path) -> None:
     """Print the ratio of one cache."""
     found = summarise(Cache(folder))
     spec = found.spec
-    kept = ", ".join(f"{direction} {mass.mean:.3f}" for direction, mass in found.kept_mass.items())
+    kept = ", ".join(f"{direction} {mass.mean:.3f}" for direction, mass in found.kept_mass.items()) or "all"
     print_ratio(
-        f"cache bytes / dense float16, k = {spec.k or 'all'}, {spec.weights}",
+        f"cache bytes / dense float16, {spec.kept}, {spec.weights}",
         [found.bytes_a_pair],
         [found.dense_bytes_a_pair],
         limit=f"1: dense float16, {found.dense_bytes_a_pair:,.0f} bytes a pair of {found.text_tokens[0]} to "
@@ -63,9 +64,9 @@ def main() -> None:
             shapes("test", count), folder / "shards", source="shapes", split="test", shard_size=1000, arguments={}
         )
         shards = open_shards(folder / "shards")
-        for k in KEPT if full else (4,):
-            out = folder / f"cache-{k}"
-            extract(shards, teacher, out, ExtractConfig(k=k))
+        for config in (ExtractConfig(), *(ExtractConfig(k=k) for k in (KEPT if full else (4,)))):
+            out = folder / f"cache-{config.weights}-{config.k}"
+            extract(shards, teacher, out, config)
             show(out)
     print_machine()
 

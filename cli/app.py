@@ -20,10 +20,19 @@ COMMANDS = {
     "teacher": "Train a fusion teacher of your own.",
     "extract": "Run the teacher once over shards and keep what it saw.",
     "inspect": "Show what is in a cache.",
+    "verify": "Judge a cache: every hash, checksum and bound.",
+    "repair": "Put bad units aside, or extract them again; make a lost manifest again.",
+    "merge": "Put caches of the same targets together.",
+    "subset": "Write a part of a cache as a cache of its own.",
+    "push": "Send a cache to where others can read it.",
+    "pull": "Fetch a cache that somebody shares.",
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
+
+_FILES = {"push": "share", "pull": "share"}
+"""Commands that share a file."""
 
 _DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -71,7 +80,7 @@ class Commands(TyperGroup):
 
 def _load(name: str) -> Any:
     """Import the file of a command (`eval_` and the like: its function or its own Typer application)."""
-    module = importlib.import_module(f".{name}", __package__)
+    module = importlib.import_module(f".{_FILES.get(name, name)}", __package__)
     if hasattr(module, "app"):
         return typer.main.get_command(module.app)
     single = typer.Typer(add_completion=False)

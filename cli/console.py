@@ -5,7 +5,16 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console()
 errors = Console(stderr=True)
@@ -13,12 +22,34 @@ errors = Console(stderr=True)
 
 def progress(*columns: str) -> Progress:
     """A progress bar on stderr, with text columns such as `{task.fields[rate]}` at its end."""
+    return _progress(MofNCompleteColumn(), *columns)
+
+
+def byte_progress(*columns: str) -> Progress:
+    """The same, counting bytes."""
+    return _progress(DownloadColumn(), *columns)
+
+
+def _progress(counter: ProgressColumn, *columns: str) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
-        MofNCompleteColumn(),
+        counter,
         *(TextColumn(column) for column in columns),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+    )
+
+
+def bytes_progress(*columns: str) -> Progress:
+    """A progress bar on stderr that counts bytes, with text columns at its end."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        *(TextColumn(column) for column in columns),
         TimeRemainingColumn(),
         console=errors,
     )

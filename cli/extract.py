@@ -10,12 +10,17 @@ from rich.table import Table
 
 from dde_cache.configs import resolve_config
 from dde_cache.errors import InputError
-from dde_cache.extract import ExtractConfig, ExtractProgress, ExtractSummary
+from dde_cache.extract import ExtractConfig, ExtractProgress, ExtractSummary, plan_extraction
 from dde_cache.extract import extract as run_extract
+from dde_cache.identity import STEPS
+from dde_cache.plan import SAMPLE, ExtractPlan
 from dde_cache.samples import open_shards
 from dde_cache.spec import UnitEntry
 
 from .console import console, errors, print_json, progress
+
+MAX_K = 32
+"""Most keys of a row under `--mass` alone."""
 
 
 def extract(
@@ -23,8 +28,13 @@ def extract(
     teacher: str = typer.Option(..., help="ViLT checkpoint: folder, hub id, or `sample`."),
     out: Path = typer.Option(..., help="Folder of the cache; an unfinished one is continued."),
     config: Path | None = typer.Option(None, help="YAML file of settings."),
-    k: str | None = typer.Option(None, help="Kept keys a row, or `all`. Default 8."),
-    weights: str | None = typer.Option(None, help="log8, float16 or float32. Default log8."),
+    k: str | None = typer.Option(None, help="Keep the K strongest keys a row, or `all`, as log8. Default: sqrt8."),
+    mass: float | None = typer.Option(None, help="Keep the keys of this share of a row's mass, for example 0.98."),
+    max_k: int | None = typer.Option(None, help="With --mass: the most keys a row keeps. Default 32."),
+    weights: str | None = typer.Option(
+        None, help="sqrt8 (every key), log8, float16 or float32. Default sqrt8; with --k or --mass, log8."
+    ),
+    sqrt_steps: int | None = typer.Option(None, help=f"sqrt8: levels of a weight's square root. Default {STEPS}."),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas. Default: the last."),
     heads: str | None = typer.Option(None, help="all or mean. Default all."),
     queries: str | None = typer.Option(None, help="valid, or all (the published recipe's padded rows too)."),
@@ -32,15 +42,27 @@ def extract(
     batch_size: int | None = typer.Option(None, help="Pairs a forward pass. Default 64."),
     workers: int | None = typer.Option(None, help="Processes that read ahead. Default 0."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, ... Default cpu."),
+    plan: bool = typer.Option(False, "--plan", help="Only predict size and time, from a random sample."),
+    sample: int = typer.Option(SAMPLE, min=1, help="With --plan: pairs that are encoded for it."),
+    disk_check: bool = typer.Option(
+        True, "--disk-check/--no-disk-check", help="Refuse to begin what the disk cannot hold."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
     """Run the teacher once over SHARDS and write its attention and logits, one unit a shard."""
+    if k is not None and (mass is not None or max_k is not None):
+        raise InputError("expected --k, or --mass with --max-k, got both: the first fixes the keys of a row")
+    if max_k is not None and mass is None:
+        raise InputError("expected --mass together with --max-k; for the same number of keys in each row use --k")
     settings = resolve_config(
         ExtractConfig,
         config,
-        k=_kept(k),
-        layers=_numbers(layers),
+        assignments=("k=null",) if k == "all" else (),
+        k=_kept(k) if mass is None else max_k or MAX_K,
+        mass=mass,
+        layers=layer_numbers(layers),
         weights=weights,
+        steps=sqrt_steps,
         heads=heads,
         queries=queries,
         dtype=dtype,
@@ -48,11 +70,16 @@ def extract(
         workers=workers,
         device=device,
     )
-    if k == "all":
-        settings = settings.model_copy(update={"k": None})
     opened = open_shards(shards)
+    if plan:
+        planned = plan_extraction(opened, teacher, out, settings, sample)
+        if json:
+            print_json(planned)
+        else:
+            console.print(_plan_table(planned, out))
+        return
     with progress("{task.fields[rate]} pairs/s", "kept {task.fields[kept]}", "{task.fields[size]}") as bar:
-        summary = run_extract(opened, teacher, out, settings, _watch(bar))
+        summary = run_extract(opened, teacher, out, settings, _watch(bar), check_disk=disk_check)
     if json:
         print_json(summary)
     else:
@@ -93,13 +120,35 @@ def _kept(k: str | None) -> int | None:
         raise InputError(f"expected --k as a number or `all`, got {k!r}") from error
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def layer_numbers(text: str | None) -> tuple[int, ...] | None:
+    """Parse `--layers`: numbers with commas."""
     if text is None:
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"expected --layers as numbers with commas, for example 10,11, got {text!r}") from error
+
+
+def _plan_table(plan: ExtractPlan, out: Path) -> Table:
+    table = Table(title=escape(f"extraction into {out}"), show_header=False)
+    rows = {
+        "pairs to extract": f"{plan.pairs:,} in {plan.units:,} units",
+        "pairs in finished units": f"{plan.finished_pairs:,}",
+        "size": f"{plan.bytes / 1e6:,.1f} MB, {plan.bytes_a_pair:,.0f} bytes a pair",
+        "time": f"{_duration(plan.seconds)} ({plan.pairs_a_second:,.1f} pairs/s)",
+        "free on disk": f"{plan.free_bytes / 1e6:,.1f} MB: {'enough' if plan.fits else 'NOT ENOUGH'}",
+        "from a sample of": f"{plan.sampled_pairs:,} pairs",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _summary_table(summary: ExtractSummary, out: Path) -> Table:

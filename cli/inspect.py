@@ -7,50 +7,60 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dde_cache.store import Cache
 from dde_cache.summary import CacheSummary, PairLinks, pair_links, summarise
 
 from .console import console, print_json
+from .places import CACHE_DIR, CACHE_LIMIT, opened
 
 
 def inspect(
-    cache: Path = typer.Argument(help="Folder of the cache."),
+    cache: str = typer.Argument(help="Folder of the cache, or its URL (s3://, https://, hf://)."),
     key: str | None = typer.Option(None, help="Show one sample's strongest word-to-patch links."),
     text: int = typer.Option(0, help="Text slot of that sample."),
     top: int = typer.Option(3, min=1, help="Links a word."),
+    units: int | None = typer.Option(None, min=1, help="Units whose rows are read. Default: all; of a URL, one."),
+    cache_dir: Path | None = CACHE_DIR,
+    cache_limit: str | None = CACHE_LIMIT,
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Show what is in CACHE: identity, targets, counts, kept mass, size."""
-    opened = Cache(cache)
+    found = opened(cache, cache_dir, cache_limit)
     if key is not None:
-        links = pair_links(opened, key, text, top)
+        links = pair_links(found, key, text, top)
         if json:
             print_json(links)
         else:
             console.print(_links_table(links))
         return
-    summary = summarise(opened)
+    summary = summarise(found, units or (1 if found.streams else None))
     if json:
         print_json(summary)
         return
     console.print(_identity_table(summary, cache))
-    console.print(_mass_table(summary))
+    if summary.kept_mass:
+        console.print(_mass_table(summary))
+    if summary.read_units < summary.units:
+        console.print(f"(kept mass, tokens and dense size: of {summary.read_units} of {summary.units} units)")
 
 
-def _identity_table(summary: CacheSummary, cache: Path) -> Table:
+def _identity_table(summary: CacheSummary, cache: str) -> Table:
     spec = summary.spec
-    table = Table(title=escape(str(cache)), show_header=False)
+    table = Table(title=escape(cache), show_header=False)
     labels = "none" if summary.labels is None else f"{len(summary.labels)} answers ({_first(summary.labels)})"
+    steps = "" if spec.steps is None else f" of {spec.steps} steps"
     rows = {
         "fingerprint": summary.fingerprint[:16],
         "teacher": f"{spec.teacher.family}, weights {spec.teacher.weights[:12]}, {spec.dtype}",
         "maps": f"layers {', '.join(map(str, spec.layers))} of {spec.teacher_layers}; {spec.stored_heads} heads"
-        + (" (mean)" if spec.heads == "mean" else ""),
-        "kept": f"{'all keys' if spec.k is None else f'top {spec.k}'}, {spec.weights} weights, {spec.queries} rows",
-        "logits": labels,
+        + (" (mean)" if spec.heads == "mean" else "")
+        if spec.layers
+        else "none",
+        "views": f"{spec.views} ({spec.view}); passes: {', '.join(spec.passes)}",
+        "kept": f"{spec.kept}, {spec.weights} weights{steps}, {spec.queries} rows",
+        "logits": "none" if spec.classes is None else labels,
         "contents": f"{summary.pairs:,} pairs of {summary.samples:,} samples in {summary.units:,} units",
-        "text tokens": f"{summary.text_tokens[0]} to {summary.text_tokens[1]} (cut at {spec.text_length})",
-        "image tokens": f"{summary.image_tokens[0]} to {summary.image_tokens[1]} (patch {spec.patch_size} px, CLS)",
+        "text tokens": f"{_range(summary.text_tokens)} (cut at {spec.text_length})",
+        "image tokens": f"{_range(summary.image_tokens)} (patch {spec.patch_size} px, CLS)",
         "size": f"{summary.bytes / 1e6:,.1f} MB, {summary.bytes_a_pair:,.0f} bytes a pair",
         "dense float16": f"{summary.dense_bytes_a_pair:,.0f} bytes a pair, "
         f"{summary.dense_bytes_a_pair / summary.bytes_a_pair:.1f} times as much",
@@ -60,6 +70,10 @@ def _identity_table(summary: CacheSummary, cache: Path) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _range(ends: tuple[int, int] | None) -> str:
+    return "-" if ends is None else f"{ends[0]} to {ends[1]}"
 
 
 def _first(labels: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """`dde-cache train`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import typer
@@ -9,6 +9,7 @@ from rich.markup import escape
 from dde_cache.configs import resolve_config
 from dde_cache.errors import InputError
 from dde_cache.fit import Progress as FitProgress
+from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
 from dde_cache.targets import OnMissing
@@ -25,6 +26,7 @@ from dde_cache.train import (
 from dde_cache.train import train as run_train
 
 from .console import console, errors, print_json, progress
+from .places import CACHE_DIR, CACHE_LIMIT, opened
 
 NONE = "none"
 
@@ -32,7 +34,7 @@ NONE = "none"
 def train(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of training shards."),
     out: Path = typer.Option(..., help="Folder of the run."),
-    targets: str | None = typer.Option(None, help="Cache of targets, or `none` for labels only."),
+    targets: str | None = typer.Option(None, help="Cache of targets (folder or URL), or `none` for labels only."),
     teacher: str | None = typer.Option(None, help="Run this teacher at every step instead of reading a cache."),
     like: str | None = typer.Option(
         None, help="With --targets none: cache or teacher whose processor, answers and tower shape are taken."
@@ -53,6 +55,8 @@ def train(
     tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
     workers: int | None = typer.Option(None, help="Processes that read ahead."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
+    cache_dir: Path | None = CACHE_DIR,
+    cache_limit: str | None = CACHE_LIMIT,
     json: bool = typer.Option(False, "--json", help="Print the record of the run as JSON."),
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
@@ -71,7 +75,7 @@ def train(
         tail=tail,
         workers=workers,
     )
-    chosen = _targets(targets, teacher, like, on_missing, settings)
+    chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if preset:
         for line in lacking_of_preset(preset, chosen, init):
             errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
@@ -102,7 +106,12 @@ def train(
 
 
 def _targets(
-    targets: str | None, teacher: str | None, like: str | None, on_missing: str, settings: TrainConfig
+    targets: str | None,
+    teacher: str | None,
+    like: str | None,
+    on_missing: str,
+    settings: TrainConfig,
+    open_: Callable[[str], Cache],
 ) -> Targets:
     """Choose one source of targets from the options."""
     if on_missing not in ("error", "skip"):
@@ -115,10 +124,10 @@ def _targets(
     if (like is not None) != (targets == NONE):
         raise InputError("expected --like CACHE|TEACHER together with --targets none, and only there")
     if like is not None:
-        return labels_only(like)
+        return labels_only(open_(like) if is_url(like) else like)
     if targets is not None:
         policy: OnMissing = "skip" if on_missing == "skip" else "error"
-        return CachedTargets(Cache(Path(targets)), policy)
+        return CachedTargets(open_(targets), policy)
     loaded = FusionTeacher.load(str(teacher))
     layer = loaded.layers - 1 if settings.layer is None else settings.layer
     if layer >= loaded.layers:

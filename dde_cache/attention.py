@@ -42,6 +42,18 @@ class SparseAttention:
         return SparseAttention(self.index.gather(2, slotted), self.weight.gather(2, slotted), self.tail.gather(2, rows))
 
 
+Attention = SparseAttention | Tensor
+"""What is known of some rows: the strongest keys, or every key, as rows [b, h, q, k] that sum to 1."""
+
+
+def query_rows(attention: Attention, position: Int[Tensor, "b n"]) -> Attention:
+    """Return the query rows at `position`, in that order (rows may repeat)."""
+    if isinstance(attention, SparseAttention):
+        return attention.rows(position)
+    heads, keys = attention.shape[1], attention.shape[3]
+    return attention.gather(2, position[:, None, :, None].expand(-1, heads, -1, keys))
+
+
 def attention_logits(
     query: Float[Tensor, "b h q d"], key: Float[Tensor, "b h k d"], scale: float
 ) -> Float[Tensor, "b h q k"]:
@@ -65,23 +77,30 @@ def block_softmax(
     return mask_keys(attention_logits(query, key, scale), key_mask).softmax(-1)
 
 
-def sparsify(attention: Float[Tensor, "b h q k"], k: int | None) -> SparseAttention:
-    """Keep the `k` largest weights of each row (None: all) and sum up the rest as tail mass.
+def sparsify(attention: Float[Tensor, "b h q k"], k: int | None, mass: float | None = None) -> SparseAttention:
+    """Keep the strongest weights of each row and sum up the rest as tail mass.
 
     Args:
         attention: rows that sum to 1; padded keys hold exactly 0.
-        k: number of slots; at most the key axis.
+        k: number of slots; at most the key axis. None: as many as there are keys.
+        mass: keep only as many of the `k` as a row needs for this much mass, at least one. None: all of them.
 
     Raises:
-        InputError: `k` is below 1 or above the key axis.
+        InputError: `k` is below 1 or above the key axis, or `mass` is not in (0, 1].
     """
     keys = attention.shape[-1]
     slots = keys if k is None else k
     if not 1 <= slots <= keys:
         raise InputError(f"k must be between 1 and the key axis of {keys}, got {k}")
+    if mass is not None and not 0 < mass <= 1:
+        raise InputError(f"mass must be above 0 and at most 1, got {mass}")
     weight, index = attention.topk(slots, dim=-1, sorted=True)
     # Summing what is left, rather than 1 - kept, makes the tail exactly 0 where every key is kept.
     tail = attention.scatter(-1, index, 0.0).sum(-1)
+    if mass is not None:
+        enough = weight.cumsum(-1) - weight >= mass
+        tail = tail + torch.where(enough, weight, 0.0).sum(-1)
+        weight = torch.where(enough, 0.0, weight)
     return SparseAttention(torch.where(weight > 0, index, 0), weight, tail)
 
 

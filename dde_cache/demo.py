@@ -39,11 +39,11 @@ Stage = Callable[[str, int], Callable[[int], None]]
 class DemoConfig(Model):
     """Size of the demo; the defaults take under ten minutes on two CPU cores."""
 
-    pictures: int = Field(default=2000, ge=1, description="training pictures, six questions each")
-    test_pictures: int = Field(default=500, ge=1)
-    steps: int = Field(default=500, ge=1, description="of each student")
+    pictures: int = Field(default=4000, ge=1, description="training pictures, six questions each")
+    test_pictures: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, description="of each student")
     batch_size: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     init: str | None = Field(
         default=SAMPLE_TEACHER, description="checkpoint that the towers of every student start from"
     )

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import ViltConfig
 
-from dde_cache.attention import SparseAttention, sparsify
+from dde_cache.attention import Attention, query_rows, sparsify
 from dde_cache.batches import Batch, pictures_of, tokens_of
 from dde_cache.fit import Losses
-from dde_cache.losses import Tail, label_loss, log_attention, soft_label_loss, sparse_kl, weighted_mean
+from dde_cache.losses import Tail, attention_kl, label_loss, log_attention, soft_label_loss, weighted_mean
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import FitConfig
 from dde_cache.store import Cache
@@ -27,7 +27,9 @@ class TrainConfig(FitConfig):
     attention_weight: float = Field(default=1.0, ge=0)
     soft_weight: float = Field(default=1.0, ge=0)
     hard_weight: float = Field(default=0.0, ge=0)
-    tail: Tail = "bucket"
+    tail: Tail = Field(
+        default="bucket", description="how the mass of the keys that were not kept counts; nothing where all were"
+    )
     queries: Literal["valid", "all"] = Field(
         default="valid",
         description="query rows in the mean of the attention loss: valid ones, or padding too (published)",
@@ -94,7 +96,8 @@ class StudentLosses:
             taught = online_targets(self._targets, batch, config)
             maps, logits = (taught.t2i, taught.i2t) if config.attention_weight else None, taught.logits
         else:
-            maps = (decoded(batch, "t2i"), decoded(batch, "i2t")) if config.attention_weight else None
+            steps = self._targets.cache.spec.steps
+            maps = (decoded(batch, "t2i", steps), decoded(batch, "i2t", steps)) if config.attention_weight else None
             logits = batch.get("target.logits")
         if maps is not None:
             t2i, i2t = attention_losses(output, *maps, batch, config, mean_heads=self._mean_heads)
@@ -111,8 +114,8 @@ class StudentLosses:
 
 def attention_losses(
     output: DualEncoderOutput,
-    t2i: SparseAttention,
-    i2t: SparseAttention,
+    t2i: Attention,
+    i2t: Attention,
     batch: Batch,
     config: TrainConfig,
     *,
@@ -131,17 +134,17 @@ def attention_losses(
     image_rows = torch.ones_like(image.mask) if every else image.mask
     if every:
         position = torch.arange(image.mask.shape[1], device=image.mask.device)[None]
-        i2t = i2t.rows(torch.minimum(position, image.mask.sum(-1, keepdim=True)))
+        i2t = query_rows(i2t, torch.minimum(position, image.mask.sum(-1, keepdim=True)))
     return (
-        weighted_mean(sparse_kl(t2i, log_t2i, image.mask, config.tail), text_rows.float()),
-        weighted_mean(sparse_kl(i2t, log_i2t, text.mask, config.tail), image_rows.float()),
+        weighted_mean(attention_kl(t2i, log_t2i, image.mask, config.tail), text_rows.float()),
+        weighted_mean(attention_kl(i2t, log_i2t, text.mask, config.tail), image_rows.float()),
     )
 
 
 @dataclass(frozen=True)
 class _Taught:
-    t2i: SparseAttention
-    i2t: SparseAttention
+    t2i: Attention
+    i2t: Attention
     logits: Float[Tensor, "b c"] | None
 
 

@@ -98,9 +98,7 @@ def evaluate(
     taught: Mapping[tuple[str, int], Tensor] | None = None
     if cache is not None:
         if cache.labels != subject.labels:
-            raise CacheError(
-                f"{cache.folder}: expected the answers {subject.labels[:5]}, got {(cache.labels or ())[:5]}"
-            )
+            raise CacheError(f"{cache.name}: expected the answers {subject.labels[:5]}, got {(cache.labels or ())[:5]}")
         taught = teacher_logits(cache, shards)
     dataset = PairDataset(shards, PairTable.of(shards), subject.preprocessor, subject.labels)
     predictions = predict(subject.logits_of, dataset, batch_size, advance=advance)

@@ -6,32 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.batches import Batch, PairDataset, batch_loader, pictures_of, to_device, tokens_of, torch_device
-from dde_cache.card import write_card
-from dde_cache.codec import EncodedAttention, encode
+from dde_cache.batches import Batch, PairDataset, batch_loader, torch_device
+from dde_cache.card import close_with_card
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
 from dde_cache.interrupt import FinishStep
-from dde_cache.records import Records, assemble
+from dde_cache.plan import SAMPLE, ExtractPlan, Prediction, check_room, free_bytes, generous_bytes, predict
+from dde_cache.records import Records, TargetEncoder, assemble, unit_attributes
 from dde_cache.samples import Shard
-from dde_cache.spec import (
-    Group,
-    Model,
-    Provenance,
-    TargetSpec,
-    UnitAttributes,
-    UnitEntry,
-)
-from dde_cache.store import CacheWriter
+from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry
+from dde_cache.store import UNITS, CacheWriter, manifest_to_continue
 from dde_cache.stream import PairTable
 from dde_cache.teacher import FusionTeacher
-from dde_cache.unit import SUFFIX, Unit, write_unit
-from dde_cache.vilt import image_tokens, token_mask
+from dde_cache.unit import SUFFIX, Unit, UnitArrays, write_unit
 
 
 @dataclass
@@ -63,6 +52,8 @@ def extract(
     out: Path,
     config: ExtractConfig,
     progress: ExtractProgress | None = None,
+    *,
+    check_disk: bool = True,
 ) -> ExtractSummary:
     """Extract the targets of every shard that has no finished unit yet.
 
@@ -72,120 +63,170 @@ def extract(
         out: the cache; new, empty, or begun with the same arguments.
         config: what to keep.
         progress: hooks to show what happens.
+        check_disk: refuse to begin what the disk cannot hold.
 
     Raises:
-        InputError: shards that cannot be used, or options that do not fit the teacher.
+        InputError: shards that cannot be used, options that do not fit the teacher, or no room for the targets.
         TeacherError: the teacher cannot be used.
         CacheError: `out` holds other targets.
     """
     progress = progress or ExtractProgress()
     begin = time.perf_counter()
-    torch_device(config.device)
-    teacher = FusionTeacher.load(teacher_name, DTYPES[config.dtype], config.device)
-    spec = target_spec(teacher, config)
-    names = [shard.path.stem + SUFFIX for shard in shards]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"expected shards with different file names, got twice:{bullet_list(twice)}")
-    grid = _check_first(shards[0], teacher, config)
+    ready = _prepare(shards, teacher_name, config)
     with tempfile.TemporaryDirectory() as folder:
-        save_assets(teacher, Path(folder))
-        writer = CacheWriter(out, spec, Path(folder))
+        save_assets(ready.teacher, Path(folder))
+        writer = CacheWriter(out, ready.spec, Path(folder))
     todo, done = [], []
-    for shard, name in zip(shards, names, strict=True):
-        entry = writer.finished(name)
+    for shard in shards:
+        entry = writer.finished(_unit_name(shard))
         if entry is None:
-            todo.append((shard, name))
+            todo.append(shard)
         else:
-            _check_finished(writer.unit_path(name), shard)
+            _check_finished(writer.unit_path(entry.name), shard)
             done.append(entry)
-    run = _Run(teacher, spec, config, writer, progress)
+    table = PairTable.of(todo)
+    run = _Run(ready, config, writer, progress)
     skipped = sum(entry.pairs for entry in done)
     provenance = provenance_of(teacher_name, shards, config)
     if todo:
-        done += run.units(todo, skipped, grid, provenance)
-    write_card(out, writer.close(), provenance)
+        if check_disk:
+            _check_disk(ready, todo, table, config, out)
+        progress.start(len(table), skipped, ready.picture)
+        done += run.units(todo, table, provenance)
+    close_with_card(writer, provenance)
     size, pairs = sum(entry.size for entry in done), sum(entry.pairs for entry in done)
+    kept = run.encoder.kept
     return ExtractSummary(
-        pairs=run.kept.pairs,
+        pairs=kept.pairs,
         skipped_pairs=skipped,
         units=len(done),
         seconds=time.perf_counter() - begin,
-        kept_mass=run.kept.mean,
+        kept_mass=kept.mean,
         bytes=size,
         bytes_a_pair=size / max(pairs, 1),
-        dense_ratio=run.kept.dense_bytes / run.kept.bytes if run.kept.bytes else None,
+        dense_ratio=kept.dense_bytes / kept.bytes if kept.bytes else None,
         cut_texts=run.cut_texts,
     )
 
 
-@dataclass
-class _Kept:
-    """Running sums over what was extracted."""
+def plan_extraction(
+    shards: Sequence[Shard], teacher_name: str, out: Path, config: ExtractConfig, sample: int = SAMPLE
+) -> ExtractPlan:
+    """Encode a random sample of the pairs that are still to extract and predict size and time. Nothing is written.
 
-    pairs: int = 0
-    mass: float = 0.0
-    rows: int = 0
-    dense_bytes: int = 0
-    bytes: int = 0
+    Args:
+        shards, teacher_name, out, config: as for `extract`.
+        sample: pairs to encode, about.
 
-    @property
-    def mean(self) -> float | None:
-        return self.mass / self.rows if self.rows else None
+    Raises:
+        InputError, TeacherError, CacheError: as `extract` does before its first batch.
+    """
+    begin = time.perf_counter()
+    ready = _prepare(shards, teacher_name, config)
+    found = manifest_to_continue(out, ready.spec)
+    entries = (
+        {} if found is None else {entry.name: entry for entry in found.units if (out / UNITS / entry.name).exists()}
+    )
+    todo = [shard for shard in shards if _unit_name(shard) not in entries]
+    done = [entries[_unit_name(shard)] for shard in shards if _unit_name(shard) in entries]
+    table = PairTable.of(todo)
+    setup = time.perf_counter() - begin
+    nothing = Prediction(0, setup, 0)
+    predicted = predict(todo, table, ready.teacher, ready.spec, config, sample=sample, setup=setup) if todo else nothing
+    free = free_bytes(out)
+    return ExtractPlan(
+        units=len(todo),
+        pairs=len(table),
+        finished_pairs=sum(entry.pairs for entry in done),
+        sampled_pairs=predicted.pairs,
+        bytes=predicted.bytes,
+        bytes_a_pair=predicted.bytes / max(len(table), 1),
+        seconds=predicted.seconds,
+        pairs_a_second=len(table) / predicted.seconds,
+        free_bytes=free,
+        fits=predicted.fits(free),
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What an extraction needs before its first batch."""
+
+    teacher: FusionTeacher
+    spec: TargetSpec
+    picture: str
+    image_tokens: int
+
+
+def _prepare(shards: Sequence[Shard], teacher_name: str, config: ExtractConfig) -> _Ready:
+    """Load the teacher and see that shards and options suit it.
+
+    Raises:
+        InputError, TeacherError: they do not.
+    """
+    torch_device(config.device)
+    teacher = FusionTeacher.load(teacher_name, DTYPES[config.dtype], config.device)
+    spec = target_spec(teacher, config)
+    names = [_unit_name(shard) for shard in shards]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"expected shards with different file names, got twice:{bullet_list(twice)}")
+    picture, image_tokens = _check_first(shards[0], teacher, config)
+    return _Ready(teacher, spec, picture, image_tokens)
+
+
+def _unit_name(shard: Shard) -> str:
+    return shard.path.stem + SUFFIX
+
+
+def _check_disk(ready: _Ready, todo: Sequence[Shard], table: PairTable, config: ExtractConfig, out: Path) -> None:
+    """Refuse what the disk cannot hold. A sample is only encoded where a generous estimate does not fit.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    free = free_bytes(out)
+    if generous_bytes(ready.spec, ready.image_tokens, len(table), len(todo)) > free:
+        check_room(predict(todo, table, ready.teacher, ready.spec, config), out, free)
 
 
 class _Run:
     """The loop over units; batches never cross a unit, so that they are a pure function of it."""
 
-    def __init__(
-        self,
-        teacher: FusionTeacher,
-        spec: TargetSpec,
-        config: ExtractConfig,
-        writer: CacheWriter,
-        progress: ExtractProgress,
-    ) -> None:
-        self._teacher, self._spec, self._config = teacher, spec, config
+    def __init__(self, ready: _Ready, config: ExtractConfig, writer: CacheWriter, progress: ExtractProgress) -> None:
+        self._preprocessor, self._spec, self._config = ready.teacher.preprocessor, ready.spec, config
         self._writer, self._progress = writer, progress
-        self.kept = _Kept()
+        self.encoder = TargetEncoder(ready.teacher, ready.spec, config.device)
         self.cut_texts = 0
 
-    def units(
-        self, todo: Sequence[tuple[Shard, str]], skipped: int, grid: str, provenance: Provenance
-    ) -> list[UnitEntry]:
+    def units(self, shards: Sequence[Shard], table: PairTable, provenance: Provenance) -> list[UnitEntry]:
         """Extract and write the units of some shards."""
-        shards = [shard for shard, _ in todo]
-        table = PairTable.of(shards)
-        self._progress.start(len(table), skipped, grid)
-        preprocessor = self._teacher.preprocessor
+        preprocessor = self._preprocessor
         dataset = PairDataset(shards, table, preprocessor, (), full_text=self._config.queries == "all")
         orders = [table.batches(number, self._config.batch_size) for number in range(len(shards))]
         batches = iter(batch_loader(dataset, [batch for order in orders for batch in order], self._config.workers))
         entries = []
-        for number, (shard, name) in enumerate(todo):
+        for number, shard in enumerate(shards):
             records = self._read(batches, len(orders[number]))
             samples = list(shard)
             self.cut_texts += preprocessor.longer_than_allowed([text.text for one in samples for text in one.texts])
             arrays = assemble(records, samples, self._spec)
-            attributes = UnitAttributes(
-                fingerprint=self._spec.fingerprint,
-                source=shard.name,
-                samples=len(samples),
-                pairs=len(arrays.prediction_text),
-                groups={"samples": Group(required=True), "maps": Group(required=True)}
-                | ({"predictions": Group(required=True)} if arrays.logits is not None else {}),
-                provenance=provenance,
-            )
-            path = self._writer.unit_path(name)
-            size, digest = write_unit(path, arrays, attributes)
-            entry = UnitEntry(
-                name=name, source=shard.name, samples=len(samples), pairs=attributes.pairs, size=size, sha256=digest
-            )
+            own = provenance.model_copy(update={"shards": shard.path.parent.name})
+            attributes = unit_attributes(arrays, self._spec, shard.name, own, self._writer.assets)
+            entry = self._write(_unit_name(shard), arrays, attributes)
             self._writer.add(entry)
-            self.kept.bytes += size
+            self.encoder.kept.bytes += entry.size
             self._progress.unit(entry)
             entries.append(entry)
         return entries
+
+    def _write(self, name: str, arrays: UnitArrays, attributes: UnitAttributes) -> UnitEntry:
+        """Write a unit, unless another extraction into this folder was first with it: then that one counts."""
+        try:
+            size, digest = write_unit(self._writer.unit_path(name), arrays, attributes, replace=False)
+        except FileExistsError:
+            return self._writer.described(name)
+        return attributes.entry(name, size, digest)
 
     def _read(self, batches: Iterator[Batch], count: int) -> list[Records]:
         """Run the teacher on the batches of one unit.
@@ -196,62 +237,14 @@ class _Run:
         records = []
         with FinishStep() as interrupt:
             for _ in range(count):
-                records.append(self._records(next(batches)))
+                records.append(self.encoder(next(batches)))
+                self._progress.batch(len(records[-1].text_tokens), self.encoder.kept.mean or 0.0)
                 interrupt.check()
         return records
 
-    def _records(self, batch: Batch) -> Records:
-        """Run the teacher on one batch and encode its maps."""
-        spec = self._spec
-        device = torch.device(self._config.device)
-        moved = to_device(batch, device)
-        pictures = pictures_of(moved)
-        output = self._teacher(tokens_of(moved), pictures, spec.layers, padded_queries=spec.queries == "all")
-        text_tokens = batch["attention_mask"].sum(-1)
-        encoded: dict[str, list[EncodedAttention]] = {"t2i": [], "i2t": []}
-        for slot, picture in enumerate(pictures):
-            counts = {"t2i": text_tokens, "i2t": image_tokens(picture.grid)}
-            for layer in spec.layers:
-                attention = output.attention[slot, layer]
-                for direction, maps in (("t2i", attention.t2i), ("i2t", attention.i2t)):
-                    sparse = self._sparsify(maps, counts[direction].to(device), direction)
-                    encoded[direction].append(encode(sparse, spec.weights, maps.shape[-1]))
-                shape = counts["t2i"] * counts["i2t"]
-                self.kept.dense_bytes += 2 * 2 * spec.stored_heads * int(shape.sum())
-        self.kept.pairs += len(text_tokens)
-        self._progress.batch(len(text_tokens), self.kept.mean or 0.0)
-        return Records(
-            token_ids=batch["input_ids"] * batch["attention_mask"],
-            text_tokens=text_tokens,
-            grids=[picture.grid for picture in pictures],
-            t2i=encoded["t2i"],
-            i2t=encoded["i2t"],
-            logits=None if output.logits is None else output.logits.cpu(),
-        )
 
-    def _sparsify(self, maps: Tensor, valid_rows: Tensor, direction: str) -> SparseAttention:
-        """Take the top k of each row and blank the rows that are not stored."""
-        if self._spec.heads == "mean":
-            maps = maps.mean(1, keepdim=True)
-        sparse = sparsify(maps, None if self._spec.k is None else min(self._spec.k, maps.shape[-1]))
-        valid = token_mask(valid_rows, maps.shape[2])
-        self.kept.mass += float(((1 - sparse.tail) * valid[:, None]).sum())
-        self.kept.rows += int(valid.sum()) * maps.shape[1]
-        if self._spec.queries == "all":
-            # Text is padded to the text length, every row counts; of the padded image rows one is kept.
-            stored = torch.ones_like(valid) if direction == "t2i" else token_mask(valid_rows + 1, maps.shape[2])
-        else:
-            stored = valid
-        stored = stored[:, None, :]
-        return SparseAttention(
-            torch.where(stored[..., None], sparse.index, 0),
-            torch.where(stored[..., None], sparse.weight, 0.0),
-            torch.where(stored, sparse.tail, 0.0),
-        )
-
-
-def _check_first(shard: Shard, teacher: FusionTeacher, config: ExtractConfig) -> str:
-    """Look at the first sample before hours are spent; return its size and grid in words.
+def _check_first(shard: Shard, teacher: FusionTeacher, config: ExtractConfig) -> tuple[str, int]:
+    """Look at the first sample before hours are spent; return its size and grid in words, and its image tokens.
 
     Raises:
         InputError: its picture or its number of images does not suit the teacher, or k is larger than both key axes.
@@ -271,13 +264,13 @@ def _check_first(shard: Shard, teacher: FusionTeacher, config: ExtractConfig) ->
     patch = teacher.preprocessor.patch_size
     tokens = (height // patch) * (width // patch) + 1
     longest = max(tokens, teacher.preprocessor.text_length)
-    if config.k is not None and config.k > longest:
+    if config.k is not None and config.mass is None and config.k > longest:
         raise InputError(
             f"expected k up to {longest} (image tokens {tokens}, text tokens {teacher.preprocessor.text_length}), got "
             f"{config.k}; use --k all to keep everything"
         )
     resized = "" if (image.height, image.width) == (height, width) else f", resized to {width} x {height}"
-    return f"{image.width} x {image.height} px{resized}: {height // patch} x {width // patch} patches"
+    return f"{image.width} x {image.height} px{resized}: {height // patch} x {width // patch} patches", tokens
 
 
 def _check_finished(path: Path, shard: Shard) -> None:

@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from dde_cache.assets import LABELS, TEACHER_CONFIG
 from dde_cache.errors import InputError
 from dde_cache.samples import Shard
 from dde_cache.spec import Dtype, Heads, Model, Provenance, Queries, TargetSpec, TeacherIdentity, Weights, hash_json
-from dde_cache.store import LABELS
 from dde_cache.teacher import FusionTeacher
 
 DTYPES: dict[Dtype, torch.dtype] = {
@@ -21,11 +22,32 @@ DTYPES: dict[Dtype, torch.dtype] = {
 }
 
 
+STEPS = 56
+"""Steps of `sqrt8` where nothing is said; docs/benchmarks.md has what others cost and save."""
+
+KEPT = 8
+"""Most kept keys a row where weights are sparse and nothing is said."""
+
+
 class ExtractConfig(Model):
     """What is extracted, and how."""
 
-    k: int | None = Field(default=8, ge=1, description="kept keys a row; null: all")
-    weights: Weights = "log8"
+    k: int | None = Field(
+        default=None, ge=1, description="most kept keys a row; null: all. Without it, 8 where weights are not sqrt8"
+    )
+    mass: float | None = Field(
+        default=None, gt=0, le=1, description="keep only as many of the k keys as a row needs for this mass"
+    )
+    weights: Weights = Field(
+        default="sqrt8",
+        description="sqrt8: every key; the others: the strongest. Without it, log8 where k or mass is set",
+    )
+    steps: int | None = Field(
+        default=STEPS,
+        ge=1,
+        le=254,
+        description="levels of the square root of a weight; null where weights are not sqrt8",
+    )
     layers: tuple[int, ...] | None = Field(default=None, description="0-based blocks; null: the last")
     heads: Heads = "all"
     queries: Queries = "valid"
@@ -33,6 +55,39 @@ class ExtractConfig(Model):
     batch_size: int = Field(default=64, ge=1, description="pairs a forward pass")
     workers: int = Field(default=0, ge=0, description="processes that read ahead; 0: none")
     device: str = "cpu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_codec(cls, values: Any) -> Any:
+        """The codec follows from what is asked of it: fields that are not given depend on those that are."""
+        if not isinstance(values, dict):
+            return values
+        sparse = "k" in values or values.get("mass") is not None
+        weights = values.get("weights") or ("log8" if sparse else "sqrt8")
+        if weights == "sqrt8":
+            return {"steps": STEPS} | values | {"weights": weights}
+        return {"k": KEPT, "steps": None} | values | {"weights": weights}
+
+    @model_validator(mode="after")
+    def _check_codec(self) -> "ExtractConfig":
+        if self.weights == "sqrt8" and (self.k, self.mass) != (None, None):
+            raise ValueError(
+                "sqrt8 weights keep every key: expected neither k nor mass; leave them out, or choose log8, float16 or "
+                "float32 weights"
+            )
+        if self.weights == "sqrt8" and self.steps is None:
+            raise ValueError("expected steps with sqrt8 weights, got null")
+        if self.weights != "sqrt8" and self.steps is not None:
+            raise ValueError(f"expected steps with sqrt8 weights alone, got {self.weights} weights")
+        return self
+
+
+def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> ExtractConfig:
+    """The settings that extract the targets of a specification again."""
+    shared = {
+        name: getattr(spec, name) for name in ("k", "mass", "weights", "steps", "layers", "heads", "queries", "dtype")
+    }
+    return ExtractConfig(**shared, device=device, batch_size=batch_size)
 
 
 def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
@@ -45,17 +100,15 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
     if any(not 0 <= layer < teacher.layers for layer in layers) or len(set(layers)) != len(layers):
         raise InputError(f"expected different layers from 0 to {teacher.layers - 1}, got {list(layers)}")
     processor = teacher.preprocessor.processor
-    shape = teacher.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        shape.pop(name, None)
     return TargetSpec(
         teacher=TeacherIdentity(
             family="vilt",
             weights=teacher.weights_hash(),
-            config=hash_json(json.loads(json.dumps(shape, default=str))),
+            config=hash_json(_configuration(teacher)),
             tokenizer=hash_json(json.loads(processor.tokenizer.backend_tokenizer.to_str())),
             processor=hash_json(json.loads(processor.image_processor.to_json_string())),
         ),
+        images=teacher.images,
         layers=tuple(sorted(layers)),
         teacher_layers=teacher.layers,
         teacher_heads=teacher.heads,
@@ -64,16 +117,26 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         text_length=teacher.preprocessor.text_length,
         patch_size=teacher.preprocessor.patch_size,
         k=config.k,
+        mass=config.mass,
         weights=config.weights,
+        steps=config.steps,
         dtype=config.dtype,
         classes=None if teacher.labels is None else len(teacher.labels),
     )
 
 
+def _configuration(teacher: FusionTeacher) -> dict[str, Any]:
+    """A teacher's configuration without what depends on the library's version or on where the teacher lay."""
+    shape = teacher.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
+        shape.pop(name, None)
+    return json.loads(json.dumps(shape, default=str))
+
+
 def save_assets(teacher: FusionTeacher, folder: Path) -> None:
     """Write what training needs of the teacher."""
     teacher.preprocessor.save(folder)
-    teacher.config.save_pretrained(folder)
+    (folder / TEACHER_CONFIG).write_text(json.dumps(_configuration(teacher), indent=1, sort_keys=True) + "\n")
     labels = None if teacher.labels is None else list(teacher.labels)
     (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n")
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dde_cache.attention import SparseAttention, attention_logits, mask_keys
+from dde_cache.attention import Attention, SparseAttention, attention_logits, mask_keys
 
 Tail = Literal["bucket", "uniform", "renormalise"]
 
@@ -78,6 +78,15 @@ def sparse_kl(
     others = torch.where(rest, student, torch.finfo(student.dtype).min)
     log_rest = torch.where(open_rows[..., None], others, 0.0).logsumexp(-1)
     return known + torch.where(open_rows, torch.xlogy(mass, mass) - mass * log_rest, 0.0)
+
+
+def attention_kl(
+    teacher: Attention, student: Float[Tensor, "b h q k"], key_mask: Bool[Tensor, "b k"], tail: Tail = "bucket"
+) -> Float[Tensor, "b h q"]:
+    """KL(teacher || student) of each row: `sparse_kl`, or `dense_kl` of whole rows, where `tail` has no meaning."""
+    if isinstance(teacher, SparseAttention):
+        return sparse_kl(teacher, student, key_mask, tail)
+    return dense_kl(teacher, student)
 
 
 def weighted_mean(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"]) -> Float[Tensor, ""]:

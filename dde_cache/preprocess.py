@@ -53,7 +53,7 @@ class Preprocessor:
         self.patch_size = patch_size
         self.text_length = text_length
         images = processor.image_processor
-        if images.do_resize and images.size_divisor % patch_size:
+        if images.do_resize and (not images.size_divisor or images.size_divisor % patch_size):
             raise TeacherError(
                 f"the image processor resizes pictures to multiples of {images.size_divisor} px, which the patch of "
                 f"{patch_size} px does not divide; set size_divisor to {patch_size}, or do_resize to false, in the "
@@ -68,7 +68,8 @@ class Preprocessor:
             TeacherError: they are missing or unreadable.
         """
         try:
-            processor = ViltProcessor.from_pretrained(folder)
+            # Said here, because the default asks on the terminal whether to run what a stranger's file names.
+            processor = ViltProcessor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise TeacherError(
                 f"{folder}: expected a ViLT processor and tokenizer beside the model (processor_config.json, "

@@ -1,16 +1,21 @@
-"""From the batches of a teacher's forward passes to the arrays of a unit."""
+"""From batches of pairs through the teacher to the arrays of a unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dde_cache.codec import EncodedAttention, pad_to
+from dde_cache.attention import SparseAttention, sparsify
+from dde_cache.batches import Batch, pictures_of, to_device, tokens_of
+from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense, from_parts, steps_of
+from dde_cache.errors import InputError, TeacherError
 from dde_cache.samples import Sample
-from dde_cache.spec import TargetSpec
+from dde_cache.spec import Group, Provenance, TargetSpec, UnitAttributes
+from dde_cache.teacher import FusionTeacher
 from dde_cache.unit import MapColumns, UnitArrays
+from dde_cache.vilt import image_tokens, token_mask
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,123 @@ class Records:
     t2i: list[EncodedAttention]
     i2t: list[EncodedAttention]
     logits: Tensor | None
+
+
+@dataclass
+class Kept:
+    """Running sums over what was encoded."""
+
+    pairs: int = 0
+    mass: float = 0.0
+    rows: int = 0
+    dense_bytes: int = 0
+    bytes: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """Mean kept mass of a row."""
+        return self.mass / self.rows if self.rows else None
+
+
+class TargetEncoder:
+    """From batches of pairs to encoded targets, through the teacher.
+
+    Args:
+        teacher: already on `device`.
+        spec: what to keep.
+        device: where the teacher is.
+    """
+
+    def __init__(self, teacher: FusionTeacher, spec: TargetSpec, device: str) -> None:
+        self._teacher, self._spec, self._device = teacher, spec, torch.device(device)
+        self.kept = Kept()
+
+    def __call__(self, batch: Batch) -> Records:
+        """Run the teacher on one batch and encode its maps.
+
+        Raises:
+            InputError: there is not enough memory for a batch of this size.
+            TeacherError: the teacher gave NaN or infinity.
+        """
+        try:
+            return self._encode(batch)
+        except (RuntimeError, MemoryError) as error:
+            # CUDA has a class for it, the CPU's allocator has not.
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(
+                error
+            ):
+                raise
+            raise InputError(
+                f"not enough memory on {self._device} for a batch of {len(batch['pair'])} pairs; pass a smaller "
+                "--batch-size (it is never changed by itself: the targets of a pair depend on it, in their last bits)"
+            ) from error
+
+    def _encode(self, batch: Batch) -> Records:
+        spec = self._spec
+        moved = to_device(batch, self._device)
+        pictures = pictures_of(moved)
+        output = self._teacher(tokens_of(moved), pictures, spec.layers, padded_queries=spec.queries == "all")
+        if output.logits is not None:
+            self._check_finite(output.logits)
+        text_tokens = batch["attention_mask"].sum(-1)
+        encoded: dict[str, list[EncodedAttention]] = {"t2i": [], "i2t": []}
+        for slot, picture in enumerate(pictures):
+            counts = {"t2i": text_tokens, "i2t": image_tokens(picture.grid)}
+            for layer in spec.layers:
+                attention = output.attention[slot, layer]
+                for direction, other, maps in (("t2i", "i2t", attention.t2i), ("i2t", "t2i", attention.i2t)):
+                    rows, keys = (counts[name].to(self._device) for name in (direction, other))
+                    encoded[direction].append(self._encode_maps(maps, rows, keys, direction))
+                shape = counts["t2i"] * counts["i2t"]
+                self.kept.dense_bytes += 2 * 2 * spec.stored_heads * int(shape.sum())
+        self.kept.pairs += len(text_tokens)
+        return Records(
+            token_ids=batch["input_ids"] * batch["attention_mask"],
+            text_tokens=text_tokens,
+            grids=[picture.grid for picture in pictures],
+            t2i=encoded["t2i"],
+            i2t=encoded["i2t"],
+            logits=None if output.logits is None else output.logits.cpu(),
+        )
+
+    def _check_finite(self, numbers: Tensor) -> None:
+        """Refuse what no reader would take.
+
+        Raises:
+            TeacherError: the teacher gave NaN or infinity.
+        """
+        if not bool(numbers.isfinite().all()):
+            raise TeacherError(
+                f"expected finite logits and attention from the teacher, got others in {self._spec.dtype}; try --dtype "
+                "float32 or bfloat16, or look at its weights"
+            )
+
+    def _encode_maps(self, maps: Tensor, rows: Tensor, keys: Tensor, direction: str) -> EncodedAttention:
+        """Encode the maps of one layer; rows that are not stored become empty."""
+        spec = self._spec
+        if spec.heads == "mean":
+            maps = maps.mean(1, keepdim=True)
+        valid = token_mask(rows, maps.shape[2])
+        if spec.queries == "all":
+            # Text is padded to the text length, every row counts; of the padded image rows one is kept.
+            stored = torch.ones_like(valid) if direction == "t2i" else token_mask(rows + 1, maps.shape[2])
+        else:
+            stored = valid
+        self.kept.rows += int(valid.sum()) * maps.shape[1]
+        if spec.steps is not None:
+            self._check_finite(maps.sum(-1))
+            self.kept.mass += int(valid.sum()) * maps.shape[1]
+            return encode_dense(maps, stored, token_mask(keys, maps.shape[3]), spec.steps)
+        sparse = sparsify(maps, None if spec.k is None else min(spec.k, maps.shape[-1]), spec.mass)
+        self._check_finite(sparse.tail)
+        self.kept.mass += float(((1 - sparse.tail) * valid[:, None]).sum())
+        stored = stored[:, None, :]
+        blanked = SparseAttention(
+            torch.where(stored[..., None], sparse.index, 0),
+            torch.where(stored[..., None], sparse.weight, 0.0),
+            torch.where(stored, sparse.tail, 0.0),
+        )
+        return encode(blanked, spec.weights, maps.shape[-1])
 
 
 def assemble(records: Sequence[Records], samples: Sequence[Sample], spec: TargetSpec) -> UnitArrays:
@@ -51,8 +173,8 @@ def assemble(records: Sequence[Records], samples: Sequence[Sample], spec: Target
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
         maps=columns,
-        t2i=_stack([record.t2i for record in records]),
-        i2t=_stack([record.i2t for record in records]),
+        t2i=_stack([record.t2i for record in records], keys=int(columns.image_tokens.max())),
+        i2t=_stack([record.i2t for record in records], keys=longest),
         prediction_sample=sample.numpy(),
         prediction_text=text.numpy(),
         logits=torch.cat(logits).numpy() if logits else None,
@@ -64,14 +186,38 @@ def _to_width(ids: Tensor, width: int) -> Tensor:
     return nn.functional.pad(ids[:, :width], (0, max(width - ids.shape[1], 0)))
 
 
-def _stack(batches: Sequence[Sequence[EncodedAttention]]) -> EncodedAttention:
-    """Batches of (image slot, layer) maps -> one array of records, those of a pair together."""
-    queries = max(one.index.shape[2] for batch in batches for one in batch)
-    slots = max(one.index.shape[3] for batch in batches for one in batch)
-    widest = max((one.index.dtype for batch in batches for one in batch), key=lambda dtype: dtype.itemsize)
-    padded = [[pad_to(one, queries, slots) for one in batch] for batch in batches]
-    parts = []
-    for name in ("index", "weight", "tail"):
-        stacked = [torch.stack([getattr(one, name) for one in batch], dim=1).flatten(0, 1) for batch in padded]
-        parts.append(torch.cat(stacked).cpu())
-    return EncodedAttention(parts[0].to(widest), parts[1], parts[2])
+def _stack(batches: Sequence[Sequence[EncodedAttention]], keys: int) -> EncodedAttention:
+    """Batches of (image slot, layer) maps -> one array of records, those of a pair together; at most `keys` keys."""
+    maps = concatenate([one for batch in batches for one in batch])
+    order, start = [], 0
+    for batch in batches:
+        pairs = len(batch[0].weight)
+        order.append(start + torch.arange(len(batch) * pairs).reshape(len(batch), pairs).T.flatten())
+        start += len(batch) * pairs
+    stacked = maps.records(torch.cat(order).to(maps.weight.device)).cut(maps.weight.shape[2], keys)
+    return from_parts({name: part.cpu() for name, part in stacked.parts.items()}, steps_of(stacked))
+
+
+def unit_attributes(
+    arrays: UnitArrays, spec: TargetSpec, source: str, provenance: Provenance, assets: Mapping[str, str]
+) -> UnitAttributes:
+    """The attributes of a unit with these arrays.
+
+    Args:
+        arrays: as they are written.
+        spec: what they mean.
+        source: file name of the shard.
+        provenance: how they came to be.
+        assets: SHA-256 of each asset of the cache.
+    """
+    groups = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
+    return UnitAttributes(
+        spec=spec,
+        fingerprint=spec.fingerprint,
+        assets=dict(assets),
+        source=source,
+        samples=len(arrays.keys),
+        pairs=len(arrays.prediction_text),
+        groups={name: Group(required=True) for name, there in groups.items() if there},
+        provenance=provenance,
+    )

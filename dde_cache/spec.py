@@ -7,17 +7,32 @@ agree in it to be used together. The **content hash** of each sample ties its ta
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FORMAT_VERSION: Literal[1] = 1
 
-Weights = Literal["log8", "float16", "float32"]
+Weights = Literal["sqrt8", "log8", "float16", "float32"]
 Queries = Literal["valid", "all"]
 Heads = Literal["all", "mean"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Text that is shown on terminals: no control characters."""
+
+AssetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,98}\.(json|txt|jinja)$")]
+"""Plain names of text files: no folders, nothing that a library would load as code or pickle."""
+
+TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""How far an attention weight may lie from the one that the same teacher gives again, on another device or in other
+batches, beside the codec's error; logits: so many times their largest magnitude."""
+
+MAX_JSON = 64 * 2**20
+"""Bytes of JSON that are parsed: a manifest of 200,000 units has 60 MB."""
 
 
 class Model(BaseModel):
@@ -29,7 +44,7 @@ class Model(BaseModel):
 class TeacherIdentity(Model):
     """Which teacher, by content. Hashes are SHA-256 in hexadecimal."""
 
-    family: str
+    family: Line
     weights: str
     config: str
     tokenizer: str
@@ -41,23 +56,62 @@ class TargetSpec(Model):
 
     teacher: TeacherIdentity
     rule: Literal["block-softmax, cls first, row-major patches"] = "block-softmax, cls first, row-major patches"
-    view: Literal["as-processed"] = "as-processed"
-    layers: tuple[int, ...] = Field(min_length=1, description="0-based blocks of the teacher")
-    teacher_layers: int = Field(ge=1)
-    teacher_heads: int = Field(ge=1)
+    view: Line = Field(
+        default="as-processed", min_length=1, description="recipe of the views, with its version; as-processed: none"
+    )
+    views: int = Field(default=1, ge=1, lt=2**16, description="views of each sample, numbered from 0")
+    passes: tuple[Line, ...] = Field(
+        default=("matched",),
+        min_length=1,
+        max_length=2**8,
+        description="recipe of each pass, by number; matched: text and picture as the shard pairs them",
+    )
+    images: int = Field(default=1, ge=1, le=2, description="images that the teacher reads for one logit vector")
+    layers: tuple[int, ...] = Field(description="0-based blocks of the teacher; empty: no maps")
+    teacher_layers: int = Field(ge=1, le=2**12)
+    teacher_heads: int = Field(ge=1, le=2**12)
     heads: Heads = Field(description="every head, or their mean as one")
     queries: Queries = Field(description="valid rows, or padded text rows and one padded image row as well")
-    text_length: int = Field(ge=1, description="tokens to which texts are cut (and padded, where queries is all)")
-    patch_size: int = Field(ge=1, description="pixels")
-    k: int | None = Field(default=None, ge=1, description="kept keys a row; null: all")
-    weights: Weights
+    text_length: int = Field(
+        ge=1, lt=2**16, description="tokens to which texts are cut (and padded, where queries is all)"
+    )
+    patch_size: int = Field(ge=1, lt=2**16, description="pixels")
+    k: int | None = Field(default=None, ge=1, description="most kept keys a row; null: all")
+    mass: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="a row keeps no more of the k keys than it needs for this mass; null: all k",
+    )
+    weights: Weights = Field(description="sqrt8: every key; the others: the strongest keys and the mass of the rest")
+    steps: int | None = Field(
+        default=None, ge=1, le=254, description="of sqrt8: levels of the square root of a weight; null for the others"
+    )
     dtype: Dtype = Field(description="in which the teacher ran; the softmax is in float32 always")
-    classes: int | None = Field(description="width of the logits, or null without a task head")
+    classes: int | None = Field(ge=1, le=2**24, description="width of the logits, or null without predictions")
+    groups: dict[Line, dict[str, Any]] = Field(
+        default_factory=dict, description="what further groups of the units mean: name -> parameters"
+    )
+
+    @model_validator(mode="after")
+    def _check_codec(self) -> "TargetSpec":
+        if (self.weights == "sqrt8") != (self.steps is not None):
+            raise ValueError("expected steps together with sqrt8 weights, and with no others")
+        if self.weights == "sqrt8" and (self.k, self.mass) != (None, None):
+            raise ValueError("expected neither k nor mass with sqrt8 weights, which keep every key")
+        return self
 
     @property
     def stored_heads(self) -> int:
         """Heads of a stored map."""
         return 1 if self.heads == "mean" else self.teacher_heads
+
+    @property
+    def kept(self) -> str:
+        """Which keys of a row are kept, in words."""
+        if self.mass is None:
+            return "every key" if self.k is None else f"the {self.k} strongest keys"
+        return f"the keys of {self.mass:.4g} of the mass" + (f", at most {self.k}" if self.k is not None else "")
 
     @property
     def fingerprint(self) -> str:
@@ -68,11 +122,11 @@ class TargetSpec(Model):
 class Provenance(Model):
     """How a unit came to be; shown, never enforced."""
 
-    versions: dict[str, str] = Field(default_factory=dict)
-    device: str = ""
+    versions: dict[Line, Line] = Field(default_factory=dict)
+    device: Line = ""
     batch_size: int | None = None
-    teacher: str = ""
-    shards: str = ""
+    teacher: Line = ""
+    shards: Line = ""
 
 
 class Group(Model):
@@ -81,27 +135,35 @@ class Group(Model):
     required: bool
 
 
+class UnitEntry(Model):
+    """One unit in the manifest."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,199}\.zarr\.zip$")
+    source: Line
+    samples: int = Field(ge=0)
+    pairs: int = Field(ge=0)
+    size: int = Field(ge=0, description="bytes")
+    sha256: Sha256
+
+
 class UnitAttributes(Model):
     """Attributes of a unit's root group."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    fingerprint: str
-    source: str = Field(description="file name of the shard that this unit was made from")
+    spec: TargetSpec = Field(description="what the numbers mean; the manifest can be made again from it")
+    fingerprint: Sha256
+    assets: dict[AssetName, Sha256] = Field(description="SHA-256 of each file in assets/ when the unit was written")
+    source: Line = Field(description="file name of the shard that this unit was made from")
     samples: int = Field(ge=0)
     pairs: int = Field(ge=0)
     groups: dict[str, Group]
     provenance: Provenance
 
-
-class UnitEntry(Model):
-    """One unit in the manifest."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*\.zarr\.zip$")
-    source: str
-    samples: int = Field(ge=0)
-    pairs: int = Field(ge=0)
-    size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    def entry(self, name: str, size: int, sha256: str) -> UnitEntry:
+        """The row of this unit in a manifest, from its file's name, bytes and hash."""
+        return UnitEntry(
+            name=name, source=self.source, samples=self.samples, pairs=self.pairs, size=size, sha256=sha256
+        )
 
 
 class Manifest(Model):
@@ -109,10 +171,17 @@ class Manifest(Model):
 
     format_version: Literal[1] = FORMAT_VERSION
     spec: TargetSpec
-    fingerprint: str
-    assets: dict[str, str] = Field(description="SHA-256 of each file in assets/")
+    fingerprint: Sha256
+    assets: dict[AssetName, Sha256] = Field(description="SHA-256 of each file in assets/")
+    card: Sha256 | None = Field(default=None, description="SHA-256 of README.md; null before the card is written")
     units: tuple[UnitEntry, ...] = ()
     sha256: str = ""
+
+    @model_validator(mode="after")
+    def _each_unit_once(self) -> "Manifest":
+        if len({entry.name for entry in self.units}) != len(self.units):
+            raise ValueError("expected each unit once")
+        return self
 
     def own_hash(self) -> str:
         """SHA-256 of the canonical form of everything but `sha256`."""
@@ -121,6 +190,46 @@ class Manifest(Model):
     def sealed(self) -> "Manifest":
         """The same manifest with its own hash."""
         return self.model_copy(update={"sha256": self.own_hash()})
+
+
+def parse_json(content: bytes, limit: int = MAX_JSON) -> Any:
+    """Parse JSON that may come from anybody.
+
+    Raises:
+        ValueError: it is no UTF-8 or JSON, larger than `limit` bytes, nested too deep, or it has a NaN, an infinity, or
+            a name twice in one object.
+    """
+    if len(content) > limit:
+        raise ValueError(f"expected at most {limit:,} bytes of JSON, got {len(content):,}")
+    try:
+        return json.loads(
+            content.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique_names
+        )
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deep") from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) != len(pairs):
+        raise ValueError("a name stands twice in one JSON object")
+    return named
+
+
+def indented_json(value: Any) -> bytes:
+    """The one way in which `manifest.json` is written: indented by two spaces, UTF-8, with a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def canonical_json(value: Any) -> bytes:
@@ -140,8 +249,8 @@ def difference(expected: BaseModel, got: BaseModel) -> list[str]:
 
 def _difference(expected: Mapping[str, Any], got: Mapping[str, Any], prefix: str) -> list[str]:
     lines: list[str] = []
-    for name in expected:
-        before, after = expected[name], got.get(name)
+    for name in {**expected, **got}:
+        before, after = expected.get(name), got.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += _difference(before, after, f"{prefix}{name}.")
         elif before != after:
@@ -151,4 +260,4 @@ def _difference(expected: Mapping[str, Any], got: Mapping[str, Any], prefix: str
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:14]}..."
+    return text if len(text) <= 60 else f"{text[:14]}..."

@@ -28,6 +28,10 @@ class DualEncoderConfig(PreTrainedConfig):
 
     def __init__(self, tower: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.tower = tower if tower is not None else ViltConfig().to_dict()
+        # Hugging Face draws the weights of every linear map and embedding with this deviation, and with 0.02 where the
+        # configuration does not say: far too small for narrow towers.
+        self.initializer_range = self.vilt().initializer_range
+        kwargs.pop("initializer_range", None)
         super().__init__(**kwargs)
 
     def vilt(self) -> ViltConfig:
@@ -131,7 +135,7 @@ class DualEncoder(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        deviation = self.config.vilt().initializer_range
+        deviation = self.config.initializer_range
         if isinstance(module, (TextTower, ImageTower)):
             init.normal_(module.token_type, std=deviation)
         if isinstance(module, ImageTower):
@@ -196,7 +200,7 @@ def student_from_vilt(checkpoint: str | Path, labels: Sequence[str], dropout: fl
     path = resolve(checkpoint)
     config = read_config(path)
     # A checkpoint of masked language modelling has no pooler; both towers then start from the same random one.
-    source = load_weights(ViltModel, path, config, optional="pooler")
+    source = load_weights(ViltModel, path, config, optional=["pooler"])
     student = new_student(config, labels, dropout)
     embeddings = source.embeddings
     types = embeddings.token_type_embeddings.weight

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import Field
 
-from dde_cache.attention import densify
-from dde_cache.codec import decode
+from dde_cache.codec import dense_rows
 from dde_cache.errors import CacheError
 from dde_cache.spec import Model, Provenance, TargetSpec
 from dde_cache.store import Cache
+from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import DIRECTIONS, Unit
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
@@ -30,6 +30,7 @@ class CacheSummary(Model):
     provenance: Provenance
     labels: tuple[str, ...] | None
     units: int
+    read_units: int = Field(description="units whose rows were read, for kept mass, tokens, dense size and provenance")
     samples: int
     pairs: int
     bytes: int
@@ -37,9 +38,11 @@ class CacheSummary(Model):
     dense_bytes_a_pair: float = Field(
         description="dense float16 maps of the valid tokens, layers and heads that are kept"
     )
-    kept_mass: dict[str, KeptMass]
-    text_tokens: tuple[int, int] = Field(description="shortest and longest text")
-    image_tokens: tuple[int, int] = Field(description="smallest and largest picture, CLS included")
+    kept_mass: dict[str, KeptMass] = Field(description="by direction; empty where every key is kept, as sqrt8 does")
+    text_tokens: tuple[int, int] | None = Field(description="shortest and longest text; null without maps")
+    image_tokens: tuple[int, int] | None = Field(
+        description="smallest and largest picture, CLS included; null without maps"
+    )
 
 
 class Link(Model):
@@ -66,51 +69,75 @@ class PairLinks(Model):
     logits: dict[str, float] | None
 
 
-def summarise(cache: Cache) -> CacheSummary:
-    """Read every unit of a cache and count.
+def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
+    """Read a cache and count.
+
+    Args:
+        cache: what is read.
+        units: how many units to read, from the first on; None: all. Size and counts are those of the manifest.
 
     Raises:
         CacheError: the cache is empty, or a unit is damaged.
     """
     if not cache.manifest.units:
-        raise CacheError(f"{cache.folder}: has no finished units yet; run `dde-cache extract` to the end")
+        raise CacheError(f"{cache.name}: has no finished units yet; run `dde-cache extract` to the end")
     # Kept mass is counted in 1,000 steps, so that memory does not grow with the cache.
     counts = {direction: np.zeros(1001, np.int64) for direction in DIRECTIONS}
     dense = 0
     text: list[int] = []
     image: list[int] = []
     provenance = Provenance()
-    for entry in cache.manifest.units:
+    read = cache.manifest.units[:units]
+    for entry in read:
         unit = cache.unit(entry)
-        maps = unit.maps
-        tokens = {"t2i": maps.text_tokens, "i2t": maps.image_tokens}
-        for direction in DIRECTIONS:
-            tail = unit.array(f"maps/{direction}/tail").astype(np.float64)
-            valid = np.arange(tail.shape[2])[None] < tokens[direction][:, None]
-            kept = 1 - tail.transpose(0, 2, 1)[valid]
-            counts[direction] += np.bincount((kept * 1000).round().astype(np.int64).ravel(), minlength=1001)[:1001]
-        dense += int((maps.text_tokens * maps.image_tokens).sum()) * 2 * 2 * cache.spec.stored_heads
-        text += [int(maps.text_tokens.min()), int(maps.text_tokens.max())]
-        image += [int(maps.image_tokens.min()), int(maps.image_tokens.max())]
         provenance = unit.attributes.provenance
+        if not unit.has_maps:
+            unit.close()
+            continue
+        maps = unit.maps
+        for direction in DIRECTIONS:
+            if cache.spec.weights != "sqrt8":
+                counts[direction] += _count_masses(unit, direction)
+        dense += int((maps.text_tokens * maps.image_tokens).sum()) * 2 * 2 * cache.spec.stored_heads
+        if len(maps.sample):
+            text += [int(maps.text_tokens.min()), int(maps.text_tokens.max())]
+            image += [int(maps.image_tokens.min()), int(maps.image_tokens.max())]
         unit.close()
     pairs = sum(entry.pairs for entry in cache.manifest.units)
     size = sum(entry.size for entry in cache.manifest.units)
+    if not pairs or (cache.spec.layers and not text):
+        raise CacheError(f"{cache.folder}: expected maps of pairs, but its units hold none")
     return CacheSummary(
         fingerprint=cache.manifest.fingerprint,
         spec=cache.spec,
         provenance=provenance,
         labels=cache.labels,
         units=len(cache.manifest.units),
+        read_units=len(read),
         samples=sum(entry.samples for entry in cache.manifest.units),
         pairs=pairs,
         bytes=size,
         bytes_a_pair=size / pairs,
-        dense_bytes_a_pair=dense / pairs,
-        kept_mass={direction: _distribution(counted) for direction, counted in counts.items()},
-        text_tokens=(min(text), max(text)),
-        image_tokens=(min(image), max(image)),
+        dense_bytes_a_pair=dense / max(sum(entry.pairs for entry in read), 1),
+        kept_mass={direction: _distribution(counted) for direction, counted in counts.items() if counted.any()},
+        text_tokens=(min(text), max(text)) if text else None,
+        image_tokens=(min(image), max(image)) if image else None,
     )
+
+
+def _count_masses(unit: Unit, direction: str) -> np.ndarray:
+    """How many valid rows keep how many thousandths of their mass; read a chunk at a time."""
+    counted = np.zeros(1001, np.int64)
+    maps = unit.maps
+    tokens = maps.text_tokens if direction == "t2i" else maps.image_tokens
+    for start in range(0, len(tokens), CHUNK_PAIRS):
+        rows = slice(start, start + CHUNK_PAIRS)
+        tail = unit.attention(direction, rows).parts["tail"].numpy().astype(np.float64)
+        kept = np.where(tail < 0, -tail, 1 - tail)
+        valid = np.arange(tail.shape[2])[None] < tokens[rows][:, None]
+        kept = kept.transpose(0, 2, 1)[valid]
+        counted += np.bincount((kept * 1000).round().astype(np.int64).ravel(), minlength=1001)[:1001]
+    return counted
 
 
 def _distribution(counted: np.ndarray) -> KeptMass:
@@ -134,25 +161,26 @@ def pair_links(cache: Cache, key: str, text: int = 0, top: int = 3) -> PairLinks
             return _links(cache, unit, key, text, top)
         unit.close()
     raise CacheError(
-        f"{cache.folder}: expected a sample with key {key!r}, found none in {len(cache.manifest.units)} units"
+        f"{cache.name}: expected a sample with key {key!r}, found none in {len(cache.manifest.units)} units"
     )
 
 
 def _links(cache: Cache, unit: Unit, key: str, text: int, top: int) -> PairLinks:
+    if not unit.has_maps:
+        raise CacheError(f"{cache.folder}: expected attention maps, but the cache keeps predictions alone")
     maps = unit.maps
     sample = unit.keys.index(key)
     layer = cache.spec.layers[-1]
     chosen = (maps.sample == sample) & (maps.text == text) & (maps.layer == layer) & (maps.image == 0)
     rows = np.flatnonzero(chosen)
     if not len(rows):
-        raise CacheError(f"{cache.folder}: sample {key!r} has no text {text}")
+        raise CacheError(f"{cache.name}: sample {key!r} has no text {text}")
     row = int(rows[0])
     tokens = int(maps.text_tokens[row])
-    sparse = decode(unit.attention("t2i", slice(row, row + 1)))
     grid = tuple(int(side) for side in maps.grid[row])
     words = cache.preprocessor().processor.tokenizer.convert_ids_to_tokens(maps.token_ids[row, :tokens].tolist())
     keys = grid[0] * grid[1] + 1
-    dense = densify(sparse, keys)[0].mean(0)
+    dense = dense_rows(unit.attention("t2i", slice(row, row + 1)), keys)[0].mean(0)
     found = []
     for place, word in enumerate(words):
         weight, position = dense[place].topk(min(top, keys))
@@ -161,7 +189,7 @@ def _links(cache: Cache, unit: Unit, key: str, text: int, top: int) -> PairLinks
             for value, number in zip(weight.tolist(), position.tolist(), strict=True)
             if value > 0
         ]
-        found.append(WordLinks(word=word, links=tuple(links)))
+        found.append(WordLinks(word=word or "[unknown]", links=tuple(links)))
     logits = _logits(cache, unit, sample, text)
     return PairLinks(key=key, text=text, layer=layer, words=tuple(found), logits=logits)
 
@@ -177,7 +205,10 @@ def _logits(cache: Cache, unit: Unit, sample: int, text: int) -> Mapping[str, fl
     if not unit.has_logits or cache.labels is None:
         return None
     columns = [unit.array(f"predictions/{name}") for name in ("sample", "text")]
-    row = int(np.flatnonzero((columns[0] == sample) & (columns[1] == text))[0])
-    logits = unit.array("predictions/logits", slice(row, row + 1))[0]
+    rows = np.flatnonzero((columns[0] == sample) & (columns[1] == text))
+    if not len(rows):
+        raise CacheError(f"{unit.path}: has no logits of text {text} of its sample {sample}")
+    row = int(rows[0])
+    logits = unit.logits(slice(row, row + 1))[0]
     best = np.argsort(-logits)[:5]
     return {cache.labels[number]: float(logits[number]) for number in best}

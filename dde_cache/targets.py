@@ -6,24 +6,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from dde_cache.attention import SparseAttention
-from dde_cache.codec import EncodedAttention, blank, decode, pad_to
+from dde_cache.attention import Attention
+from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, part_names
 from dde_cache.errors import CacheError, bullet_list
 from dde_cache.samples import Sample, Shard
+from dde_cache.spec import UnitEntry
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, Pair, PairTable, Recent
-from dde_cache.unit import DIRECTIONS, Unit
+from dde_cache.unit import Unit
 
 OnMissing = Literal["error", "skip"]
 
-CHUNK_BUDGET = 512 * 2**20
+CHUNK_BUDGET = 2**30
 """Bytes of decompressed chunks that one worker keeps; a shuffle window of the default size fits for ViLT-B/32."""
-
-OPEN_UNITS = 64
-"""Units that one worker keeps open."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,8 @@ class Join:
 def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
     """Match shards with units by file name, and their samples by key.
 
+    A shard's targets may lie in several units of its file name, as merged caches have them: the key decides.
+
     Args:
         shards: samples to train on.
         cache: where their targets are.
@@ -46,43 +46,76 @@ def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
     Raises:
         CacheError: something is missing (`error`), or nothing fits at all.
     """
-    entries = {entry.source: entry for entry in cache.manifest.units}
+    entries = units_by_source(cache)
     pairs: list[list[tuple[str, int]]] = []
     no_targets: list[str] = []
     no_samples = [
         f"every key of unit {entry.name}"
-        for source, entry in entries.items()
+        for source, some in entries.items()
         if source not in {shard.name for shard in shards}
+        for entry in some
     ]
+    taken: set[str] = set()
+    homes: dict[str, dict[str, str]] = {}
+    lazy = cache.streams and on_missing == "error" and len({shard.name for shard in shards}) == len(shards)
     for shard in shards:
-        entry = entries.get(shard.name)
-        held: set[str] = set()
-        if entry is None:
+        texts = {sample.key: len(sample.texts) for sample in shard}
+        if shard.name not in homes:
+            some = entries.get(shard.name, [])
+            homes[shard.name] = _taken_on_trust(some, texts, lazy) or _keys_of(cache, some)
+        held = homes[shard.name]
+        if not held:
             no_targets.append(f"every key of shard {shard.name} (the cache has no unit of it)")
         else:
-            unit = cache.unit(entry)
-            held = set(unit.keys)
-            unit.close()
-        texts = {sample.key: len(sample.texts) for sample in shard}
-        if entry is not None:
             no_targets += [f"{key} in shard {shard.name}" for key in texts if key not in held]
-            no_samples += [f"{key} in unit {entry.name}" for key in sorted(held - texts.keys())]
+        taken |= held.keys() & texts.keys()
         pairs.append([(key, slot) for key, count in texts.items() if key in held for slot in range(count)])
+    for held in homes.values():
+        no_samples += [f"{key} in unit {name}" for key, name in sorted(held.items()) if key not in taken]
     found = Join(PairTable(pairs), tuple(no_targets), tuple(no_samples))
     if not len(found.table):
         raise CacheError(
-            f"{cache.folder}: expected targets of these shards, but no key is on both sides: the cache was made from "
+            f"{cache.name}: expected targets of these shards, but no key is on both sides: the cache was made from "
             f"another data set, by the shards:{bullet_list(list(entries), 3)}\npass the cache of these shards, or "
             "extract from them"
         )
     if on_missing == "error" and (no_targets or no_samples):
         raise CacheError(
-            f"{cache.folder}: shards and cache do not hold the same samples."
+            f"{cache.name}: shards and cache do not hold the same samples."
             + (f"\nwithout targets ({len(no_targets)}):{bullet_list(no_targets)}" if no_targets else "")
             + (f"\ntargets without samples ({len(no_samples)}):{bullet_list(no_samples)}" if no_samples else "")
             + "\nrun `dde-cache extract` on these shards, or pass --on-missing skip to use what both have"
         )
     return found
+
+
+def units_by_source(cache: Cache) -> Mapping[str, Sequence[UnitEntry]]:
+    """The units of each shard's file name: one, or several where caches of shards of one name were merged."""
+    units: dict[str, list[UnitEntry]] = {}
+    for entry in cache.manifest.units:
+        units.setdefault(entry.source, []).append(entry)
+    return units
+
+
+def _taken_on_trust(entries: Sequence[UnitEntry], texts: Mapping[str, int], lazy: bool) -> dict[str, str] | None:
+    """The keys of a shard's only unit without opening it, or None where it has to be opened.
+
+    A cache behind a URL would be fetched whole before the first step: there, where nothing may be missing, a unit with
+    as many samples and pairs as its shard is taken to have the same keys, until it is opened and each is looked up.
+    """
+    if not lazy or len(entries) != 1 or (entries[0].samples, entries[0].pairs) != (len(texts), sum(texts.values())):
+        return None
+    return dict.fromkeys(texts, entries[0].name)
+
+
+def _keys_of(cache: Cache, entries: Sequence[UnitEntry]) -> dict[str, str]:
+    """Every key of some units, with the unit's name."""
+    keys: dict[str, str] = {}
+    for entry in entries:
+        unit = cache.unit(entry)
+        keys |= dict.fromkeys(unit.keys, entry.name)
+        unit.close()
+    return keys
 
 
 @dataclass(frozen=True)
@@ -93,6 +126,15 @@ class _OpenUnit:
     sample: Mapping[str, int]
     first_record: Mapping[tuple[int, int], int]
     prediction: Mapping[tuple[int, int], int]
+
+    def number(self, key: str) -> int:
+        """Where a sample is in the unit."""
+        if key not in self.sample:
+            raise CacheError(
+                f"unit of shard {self.unit.attributes.source}: expected sample {key!r} of that shard, but the unit has "
+                "no such key: the cache was made from other shards of that name; pass the cache of these shards"
+            )
+        return self.sample[key]
 
 
 @dataclass(frozen=True)
@@ -111,7 +153,7 @@ class _Chunk:
 class _Members:
     """The pairs of a batch that lie in one chunk of a unit: their numbers in the batch, and their rows in the chunk."""
 
-    shard: int
+    unit: str
     chunk: int
     numbers: list[int]
     rows: list[int]
@@ -139,8 +181,10 @@ class CacheTargets:
     ) -> None:
         self._cache, self._layer = cache, layer
         self._attention, self._padded_queries = attention, padded_queries
-        self._entries = {entry.source: entry for entry in cache.manifest.units}
+        self._entries = {entry.name: entry for entry in cache.manifest.units}
         self._sources = [shard.name for shard in shards]
+        named = units_by_source(cache)
+        self._names = [[entry.name for entry in named.get(source, ())] for source in self._sources]
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,20 +195,37 @@ class CacheTargets:
         self._start()
 
     def _start(self) -> None:
-        self._units = Recent(self._open_unit, lambda _unit: 1, OPEN_UNITS)
+        self._units = Recent(self._open_unit, lambda _unit: 1, self._cache.open_units)
         self._chunks = Recent(self._read_chunk, lambda chunk: chunk.nbytes, CHUNK_BUDGET)
 
-    def _open_unit(self, shard: int) -> _OpenUnit:
-        unit = self._cache.unit(self._entries[self._sources[shard]])
-        maps = unit.maps
-        chosen = (maps.layer == self._layer) & (maps.image == 0) & (maps.view == 0) & (maps.passes == 0)
-        records = {(int(maps.sample[row]), int(maps.text[row])): int(row) for row in np.flatnonzero(chosen)}
+    def _open_unit(self, name: str) -> _OpenUnit:
+        unit = self._cache.unit(self._entries[name])
+        records: dict[tuple[int, int], int] = {}
+        if self._attention:
+            maps = unit.maps
+            chosen = (maps.layer == self._layer) & (maps.image == 0) & (maps.view == 0) & (maps.passes == 0)
+            records = {(int(maps.sample[row]), int(maps.text[row])): int(row) for row in np.flatnonzero(chosen)}
         predictions: dict[tuple[int, int], int] = {}
         if unit.has_logits:
-            columns = (unit.array(f"predictions/{name}").tolist() for name in ("sample", "text"))
-            predictions = {place: row for row, place in enumerate(zip(*columns, strict=True))}
+            columns = (unit.array(f"predictions/{name}").tolist() for name in ("sample", "text", "view", "pass"))
+            rows = enumerate(zip(*columns, strict=True))
+            predictions = {(sample, text): row for row, (sample, text, *first) in rows if first == [0, 0]}
         samples = {key: number for number, key in enumerate(unit.keys)}
         return _OpenUnit(unit, samples, records, predictions)
+
+    def _home(self, shard: int, key: str) -> str:
+        """Name the unit that holds a key: one of those of the shard's file name.
+
+        Raises:
+            CacheError: none does.
+        """
+        names = self._names[shard]
+        if len(names) == 1:
+            return names[0]
+        for name in names:
+            if key in self._units(name).sample:
+                return name
+        raise CacheError(f"shard {self._sources[shard]}: expected a unit with sample {key!r}, found none")
 
     def check(self, shard: int, sample: Sample) -> None:
         """Compare a sample's content with what the teacher saw.
@@ -172,8 +233,8 @@ class CacheTargets:
         Raises:
             CacheError: pictures or texts have changed since the extraction.
         """
-        held = self._units(shard)
-        stored = held.unit.content[held.sample[sample.key]].tobytes()
+        held = self._units(self._home(shard, sample.key))
+        stored = held.unit.content[held.number(sample.key)].tobytes()
         if stored != sample.content_hash():
             raise CacheError(
                 f"sample {sample.key!r} of shard {self._sources[shard]}: its picture or texts are not those that the "
@@ -182,30 +243,27 @@ class CacheTargets:
                 "--out) and extract again from these shards"
             )
 
-    def _read_chunk(self, place: tuple[int, str, int]) -> _Chunk:
-        shard, table, chunk = place
+    def _read_chunk(self, place: tuple[str, str, int]) -> _Chunk:
+        name, table, chunk = place
         rows = slice(chunk * CHUNK_PAIRS, (chunk + 1) * CHUNK_PAIRS)
-        unit = self._units(shard).unit
+        unit = self._units(name).unit
         if table == "logits":
-            return _Chunk({}, unit.array("predictions/logits", rows))
-        encoded = unit.attention(table, rows)
-        keys = unit.maps.image_tokens if table == "t2i" else unit.maps.text_tokens
-        _check_chunk(encoded, keys[rows], f"{unit.path}: {table}")
-        return _Chunk({table: encoded}, np.empty((0, 0), np.float32))
+            return _Chunk({}, unit.logits(rows))
+        return _Chunk({table: unit.attention(table, rows)}, np.empty((0, 0), np.float32))
 
     def _members(self, pairs: Sequence[Pair], table: Literal["first_record", "prediction"]) -> Sequence[_Members]:
         """Group pairs by the chunk in which their rows of a table lie."""
-        units = {shard: self._units(shard) for shard in {pair.shard for pair in pairs}}
-        members: dict[tuple[int, int], _Members] = {}
+        members: dict[tuple[str, int], _Members] = {}
         for number, pair in enumerate(pairs):
-            unit = units[pair.shard]
-            row = getattr(unit, table).get((unit.sample[pair.key], pair.text))
+            name = self._home(pair.shard, pair.key)
+            unit = self._units(name)
+            row = getattr(unit, table).get((unit.number(pair.key), pair.text))
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
                     f"{pair.key!r}, found none"
                 )
-            place = (pair.shard, row // CHUNK_PAIRS)
+            place = (name, row // CHUNK_PAIRS)
             if place not in members:
                 members[place] = _Members(*place, [], [])
             members[place].numbers.append(number)
@@ -217,16 +275,18 @@ class CacheTargets:
 
         Returns:
             `logits` [b, c] where the cache has predictions; with attention also `token_ids` [b, t] (0 where padded),
-            `grid` [b, 2], and for both directions `index`, `weight` [b, h, q, s] and `tail` [b, h, q].
+            `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of sparse weights `index`, `weight`
+            [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes of the other direction, without
+            the padded image row.
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
         """
         batch: dict[str, Tensor] = {}
-        if self._cache.labels is not None:
-            logits = np.empty((len(pairs), len(self._cache.labels)), np.float32)
+        if self._cache.spec.classes is not None:
+            logits = np.empty((len(pairs), self._cache.spec.classes), np.float32)
             for some in self._members(pairs, "prediction"):
-                logits[some.numbers] = self._chunks((some.shard, "logits", some.chunk)).logits[some.rows]
+                logits[some.numbers] = self._chunks((some.unit, "logits", some.chunk)).logits[some.rows]
             batch["logits"] = torch.from_numpy(logits)
         if not self._attention:
             return batch
@@ -234,58 +294,40 @@ class CacheTargets:
         text, grid = np.empty(len(pairs), np.int64), np.empty((len(pairs), 2), np.int64)
         ids = np.zeros((len(pairs), self._cache.spec.text_length), np.int64)
         for some in members:
-            columns = self._units(some.shard).unit.maps
+            columns = self._units(some.unit).unit.maps
             rows = some.chunk * CHUNK_PAIRS + np.array(some.rows)
             text[some.numbers], grid[some.numbers] = columns.text_tokens[rows], columns.grid[rows]
             ids[some.numbers, : columns.token_ids.shape[1]] = columns.token_ids[rows]
         batch |= {"token_ids": torch.from_numpy(ids[:, : text.max()]), "grid": torch.from_numpy(grid)}
         every = self._padded_queries
-        queries = {
-            "t2i": self._cache.spec.text_length if every else int(text.max()),
-            "i2t": int(grid.prod(-1).max()) + 1 + int(every),
-        }
-        for direction in DIRECTIONS:
-            encoded = self._gather(members, len(pairs), direction, queries[direction])
-            batch |= {
-                f"{direction}.index": encoded.index,
-                f"{direction}.weight": encoded.weight,
-                f"{direction}.tail": encoded.tail,
-            }
+        texts = self._cache.spec.text_length if every else int(text.max())
+        images = int(grid.prod(-1).max()) + 1
+        for direction, queries, keys in (("t2i", texts, images), ("i2t", images + int(every), texts)):
+            encoded = self._gather(members, len(pairs), direction, queries, keys)
+            batch |= {f"{direction}.{name}": part for name, part in encoded.parts.items()}
         return batch
 
-    def _gather(self, members: Sequence[_Members], pairs: int, direction: str, queries: int) -> EncodedAttention:
-        """Collect records from their chunks, one copy a record, cut or padded to `queries` rows."""
-        chunks = [self._chunks((some.shard, direction, some.chunk)).maps[direction] for some in members]
-        gathered = blank(chunks, pairs, queries)
-        index, weight, tail = (part.numpy() for part in gathered.parts)
+    def _gather(
+        self, members: Sequence[_Members], pairs: int, direction: str, queries: int, keys: int
+    ) -> EncodedAttention:
+        """Collect records from their chunks, cut or padded to so many rows and, where every key is kept, keys."""
+        chunks = [self._chunks((some.unit, direction, some.chunk)).maps[direction] for some in members]
+        gathered = blank(chunks, pairs, queries, keys)
         for some, chunk in zip(members, chunks, strict=True):
-            held = pad_to(chunk, chunk.index.shape[2], gathered.index.shape[3])
-            high = min(queries, held.index.shape[2])
-            held_index, held_weight, held_tail = (part.numpy()[:, :, :high] for part in held.parts)
-            for number, row in zip(some.numbers, some.rows, strict=True):
-                index[number, :, :high] = held_index[row]
-                weight[number, :, :high] = held_weight[row]
-                tail[number, :, :high] = held_tail[row]
+            fill(gathered, some.numbers, chunk, some.rows)
         return gathered
 
 
-def _check_chunk(encoded: EncodedAttention, keys: Int[np.ndarray, " r"], where: str) -> None:
-    """Refuse positions outside the key axis of their record before they reach a gather, and impossible tails."""
-    # Slots first, as they lie in memory.
-    index, tail = encoded.index.permute(3, 0, 1, 2).flatten(2).numpy(), encoded.tail.numpy()
-    if not index.size:
-        return
-    if (index.max(axis=(0, 2)) >= keys).any() or (index.dtype.kind == "i" and index.min() < 0):
-        raise CacheError(f"{where}: expected key positions inside each record's tokens, got others; extract again")
-    # Floats from 0 to 1, read as unsigned integers, keep their order; negative ones and NaN are then above 1.
-    bits = f"u{tail.itemsize}"
-    if tail.view(bits).max() > np.ones(1, tail.dtype).view(bits)[0]:
-        raise CacheError(f"{where}: expected tail masses from 0 to 1, got others; extract again")
+def decoded(batch: Mapping[str, Tensor], direction: str, steps: int | None) -> Attention:
+    """Decode one direction of a batch's targets, on whatever device they are: whole rows, or sparse ones.
 
-
-def decoded(batch: Mapping[str, Tensor], direction: str) -> SparseAttention:
-    """Decode one direction of a batch's targets, on whatever device they are."""
-    return decode(EncodedAttention(*(batch[f"target.{direction}.{part}"] for part in ("index", "weight", "tail"))))
+    Args:
+        batch: with the targets under `target.`.
+        direction: `t2i` or `i2t`.
+        steps: of the cache's specification.
+    """
+    parts = {name: batch[f"target.{direction}.{name}"] for name in part_names(steps)}
+    return decode(from_parts(parts, steps))
 
 
 def teacher_logits(cache: Cache, shards: Sequence[Shard]) -> Mapping[tuple[str, int], Tensor]:
@@ -294,10 +336,10 @@ def teacher_logits(cache: Cache, shards: Sequence[Shard]) -> Mapping[tuple[str, 
     Raises:
         CacheError: the cache has no logits, or shards and cache hold different samples.
     """
-    if cache.labels is None:
-        raise CacheError(f"{cache.folder}: expected the teacher's logits, but its teacher has no task head")
+    if cache.spec.classes is None:
+        raise CacheError(f"{cache.name}: expected the teacher's logits, but the cache has no predictions")
     table = join(shards, cache, "error").table
-    reader = CacheTargets(cache, shards, cache.spec.layers[-1], attention=False)
+    reader = CacheTargets(cache, shards, layer=0, attention=False)
     for number, shard in enumerate(shards):
         for sample in shard:
             reader.check(number, sample)

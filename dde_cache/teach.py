@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, ViltImageProcessorPil, ViltProcessor
 
@@ -23,14 +22,14 @@ from dde_cache.batches import (
     to_device,
     tokens_of,
 )
-from dde_cache.errors import InputError, RunError, TeacherError
+from dde_cache.errors import InputError, RunError
 from dde_cache.fit import Fit, FitResult, Losses, Progress
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import FitConfig, open_run
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import EvaluationReport, Predictions, accuracy, predict, report
 from dde_cache.stream import BatchOrder, PairTable
-from dde_cache.teacher import read_config, resolve, task_logits
+from dde_cache.teacher import load_weights, read_config, resolve, task_logits
 from dde_cache.vilt import position_deviation
 
 TRAINING = "training"
@@ -205,19 +204,14 @@ def _from_scratch(
 
 
 def _from_checkpoint(init: str, labels: Sequence[str], config: TeachConfig) -> tuple[nn.Module, Preprocessor]:
-    """A ViLT checkpoint with a fresh head for our labels."""
+    """A ViLT checkpoint; its head starts anew unless it has as many answers as ours."""
     path = resolve(init)
     shape = read_config(path)
-    try:
-        model = ViltForQuestionAnswering.from_pretrained(
-            path,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
-            ignore_mismatched_sizes=True,
-            **_class_names(labels),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise TeacherError(f"{init}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    shape.update(
+        {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout, **_class_names(labels)}
+    )
+    # A checkpoint of masked language modelling has neither of them.
+    model = load_weights(ViltForQuestionAnswering, path, shape, optional=["classifier", "vilt.pooler"])
     return model, Preprocessor.load(path, shape.patch_size, shape.max_position_embeddings)
 
 

@@ -254,25 +254,26 @@ def read_config(name: str) -> ViltConfig:
     return config
 
 
-def load_weights(family: Any, path: str, config: ViltConfig, optional: str | None = None) -> Any:
+def load_weights(family: Any, path: str, config: ViltConfig, optional: Sequence[str] = ()) -> Any:
     """Load a checkpoint into a model class, and see that nothing is left at random numbers.
 
     Args:
         family: a ViLT of Hugging Face.
         path: folder or hub id.
         config: its configuration.
-        optional: a module that the checkpoint may lack.
+        optional: modules that the checkpoint may lack or hold in another shape; they start from random numbers then.
 
     Raises:
         TeacherError: the files cannot be read, or tensors are missing or of another shape.
     """
     try:
-        model, report = family.from_pretrained(path, config=config, output_loading_info=True)
+        model, report = family.from_pretrained(
+            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"{path}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if optional is not None:
-        missing = [name for name in missing if not name.startswith(f"{optional}.")]
+    missing = sorted({*report["missing_keys"], *(name for name, *_shapes in report["mismatched_keys"])})
+    missing = [name for name in missing if not name.startswith(tuple(f"{part}." for part in optional))]
     if missing:
         raise TeacherError(
             f"{path}: expected the weights of {family.__name__}, but {len(missing)} tensors are missing or of another "

@@ -79,16 +79,16 @@ class RunRecord(Model):
     wait_seconds: float
 
 
-def labels_only(like: str) -> LabelsOnly:
+def labels_only(like: str | Cache) -> LabelsOnly:
     """Take processor, answers and tower shape from a cache or from a teacher, whose weights are not opened.
 
     Raises:
         CacheError, TeacherError: `like` is neither, or has no task head.
     """
-    if (Path(like) / MANIFEST).is_file():
-        cache = Cache(Path(like))
+    if isinstance(like, Cache) or (Path(like) / MANIFEST).is_file():
+        cache = like if isinstance(like, Cache) else Cache(Path(like))
         tower, labels, preprocessor = (
-            ViltConfig.from_dict(dict(cache.teacher_config)),
+            tower_of(cache),
             cache.labels,
             cache.preprocessor(),
         )
@@ -97,8 +97,23 @@ def labels_only(like: str) -> LabelsOnly:
         labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
         preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
     if labels is None:
-        raise CacheError(f"{like}: expected a teacher with a task head, for its answers")
+        raise CacheError(
+            f"{like.name if isinstance(like, Cache) else like}: expected a teacher with a task head, for its answers"
+        )
     return LabelsOnly(preprocessor, tower, labels)
+
+
+def tower_of(cache: Cache) -> ViltConfig:
+    """The shape of the teacher's towers, which a new student takes over.
+
+    Raises:
+        CacheError: the configuration in the cache's assets is none that the model library takes.
+    """
+    try:
+        return ViltConfig.from_dict(dict(cache.teacher_config))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first}") from error
 
 
 @dataclass(frozen=True)
@@ -245,24 +260,26 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Pl
         return _Plan(teacher.preprocessor, teacher.config, teacher.labels, PairTable.of(shards), None, False)
     cache, spec = targets.cache, targets.cache.spec
     lacking = []
-    layer = spec.layers[-1] if config.layer is None else config.layer
-    if config.attention_weight and layer not in spec.layers:
+    layer = config.layer if config.layer is not None else spec.layers[-1] if spec.layers else 0
+    if config.attention_weight and not spec.layers:
+        lacking.append("attention maps: it keeps predictions alone; train with --set attention_weight=0")
+    elif config.attention_weight and layer not in spec.layers:
         lacking.append(f"layer {layer}: it has {list(spec.layers)}")
     if config.attention_weight and config.queries == "all" and spec.queries != "all":
         lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
     if config.soft_weight and spec.classes is None:
-        lacking.append("logits: its teacher has no task head; train with --set soft_weight=0")
+        lacking.append("logits: its teacher has no task head, or they were cut away; train with --set soft_weight=0")
     if cache.labels is None:
         lacking.append("the answers that the student's head should have")
     if lacking or cache.labels is None:
-        raise CacheError(f"{cache.folder}: this training needs what the cache does not have:{bullet_list(lacking)}")
+        raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
     reader = None
     table = join(shards, cache, targets.on_missing).table
     if config.attention_weight or config.soft_weight:
         reader = CacheTargets(
             cache, shards, layer, attention=config.attention_weight > 0, padded_queries=config.queries == "all"
         )
-    tower = ViltConfig.from_dict(dict(cache.teacher_config))
+    tower = tower_of(cache)
     return _Plan(cache.preprocessor(), tower, cache.labels, table, reader, spec.heads == "mean")
 
 
@@ -297,10 +314,8 @@ def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[s
     if init is None:
         raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
     lacking = ["random augmentation (RandAugment): the targets hold one view of each sample"]
-    if isinstance(targets, CachedTargets) and targets.cache.spec.k is not None:
-        lacking.append(
-            f"whole attention rows: the cache keeps the {targets.cache.spec.k} strongest keys and the tail mass"
-        )
+    if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
+        lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
     return lacking
 
 

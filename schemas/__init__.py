@@ -7,12 +7,19 @@ from pydantic import BaseModel
 
 from dde_cache.demo import DemoReport
 from dde_cache.extract import ExtractConfig, ExtractSummary
+from dde_cache.merge import MergeReport
+from dde_cache.objects import Receipts
+from dde_cache.plan import ExtractPlan
+from dde_cache.repair import RepairReport
 from dde_cache.samples import SampleRecord, ShardsIndex
 from dde_cache.scores import Baselines, EvaluationReport
+from dde_cache.share import TransferReport
 from dde_cache.spec import Manifest, UnitAttributes
+from dde_cache.subset import SubsetReport
 from dde_cache.summary import CacheSummary, PairLinks
 from dde_cache.teach import TeachConfig
 from dde_cache.train import RunRecord, TrainConfig
+from dde_cache.verify import VerifyReport
 
 MODELS: dict[str, type[BaseModel]] = {
     "baselines": Baselines,
@@ -20,15 +27,22 @@ MODELS: dict[str, type[BaseModel]] = {
     "demo-report": DemoReport,
     "evaluation-report": EvaluationReport,
     "extract-config": ExtractConfig,
+    "extract-plan": ExtractPlan,
     "extract-summary": ExtractSummary,
     "manifest": Manifest,
+    "merge-report": MergeReport,
     "pair-links": PairLinks,
+    "receipts": Receipts,
+    "repair-report": RepairReport,
     "run": RunRecord,
     "sample": SampleRecord,
     "shards": ShardsIndex,
+    "subset-report": SubsetReport,
     "teach-config": TeachConfig,
     "train-config": TrainConfig,
+    "transfer-report": TransferReport,
     "unit-attributes": UnitAttributes,
+    "verify-report": VerifyReport,
 }
 """What is written to disk or printed with `--json`, by the name of its schema file."""
 

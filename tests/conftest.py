@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from transformers import (
     BertTokenizer,
@@ -19,6 +20,11 @@ from transformers import (
 from dde_cache.teacher import FusionTeacher
 
 torch.set_num_threads(1)
+
+# The same draws on every run, so that a red test always means a change; `--hypothesis-profile search` draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile("same")
 
 WORDS = ("is", "there", "a", "red", "green", "blue", "square", "circle", "left", "of", "the", "?")
 PATCH = 12

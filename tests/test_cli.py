@@ -84,7 +84,12 @@ def test_the_teacher_has_a_card_and_a_processor(road):
 
 def test_inspect(road):
     shown = works("inspect", road / "cache-train").out
-    for word in ("fingerprint", "top 8, log8", "72 pairs of 12 samples in 3 units", "kept mass", "text to image"):
+    for word in (
+        "fingerprint",
+        "every key, sqrt8 weights of 56 steps",
+        "72 pairs of 12 samples in 3 units",
+        "dense float16",
+    ):
         assert word in shown
     summary = json.loads(works("inspect", road / "cache-train", "--json").out)
     assert summary["pairs"] == 72
@@ -140,7 +145,7 @@ def test_the_preset(road, tmp_path):
     assert "padded query rows (queries all): extract with --queries all" in refused.message
     works("extract", road / "train", "--teacher", road / "teacher", "--out", tmp_path / "all", "--queries", "all")
     done = works("train", road / "train", "--targets", tmp_path / "all", "--out", out, *dide, "--set", "dropout=0.25")
-    assert done.message.count("not as published:") == 2
+    assert done.message.count("not as published:") == 1, "whole rows are kept; augmentation is not"
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert (settings["queries"], settings["learning_rate"], settings["hard_weight"]) == ("all", 1e-4, 0.0)
     assert settings["dropout"] == 0.25, "--set wins over the preset"
@@ -165,7 +170,7 @@ def test_the_installed_program():
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", program, "--help"], capture_output=True, text=True, check=True
     )
-    for name in ("data", "teacher", "extract", "inspect", "train", "eval", "demo"):
+    for name in ("data", "teacher", "extract", "inspect", "merge", "subset", "train", "eval", "demo"):
         assert f"│ {name} " in shown.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
     assert not {"torch", "transformers", "numpy", "zarr"} & imported
@@ -230,6 +235,36 @@ def test_wrong_shards(road, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_row_keeps_as_many_keys_as_it_needs(road, tmp_path):
+    extraction = ("extract", road / "valid", "--teacher", road / "teacher", "--out", tmp_path / "cache")
+    fails(*extraction, "--mass", 0.9, "--k", 4, expected="expected --k, or --mass with --max-k, got both")
+    works(*extraction, "--mass", 0.3, "--max-k", 9)
+    assert "the keys of 0.3 of the mass, at most 9, log8" in works("inspect", tmp_path / "cache").out
+    summary = json.loads(works("inspect", tmp_path / "cache", "--json").out)
+    for mass in summary["kept_mass"].values():
+        assert 0.3 <= mass["quantiles"]["0.05"] <= mass["mean"] < 0.6
+    fails(
+        *extraction,
+        expected=["mass: expected null, got 0.3", "k: expected null, got 9", 'weights: expected "sqrt8", got "log8"'],
+    )
+
+
+def test_one_codec_at_a_time(road, tmp_path):
+    extraction = ("extract", road / "valid", "--teacher", road / "teacher", "--out", tmp_path / "cache")
+    for options in (("--k", 4), ("--mass", 0.9)):
+        fails(*extraction, "--weights", "sqrt8", *options, expected="sqrt8 weights keep every key: expected neither k")
+    fails(*extraction, "--k", 4, "--sqrt-steps", 40, expected="expected steps with sqrt8 weights alone, got log8")
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "four.yaml").write_text("k: 4")
+    for name, options, shown in (
+        ("steps", ("--sqrt-steps", 40), "every key, sqrt8 weights of 40 steps"),
+        ("all", ("--config", tmp_path / "four.yaml", "--k", "all"), "every key, log8 weights"),
+        ("half", ("--weights", "float16"), "the 8 strongest keys, float16 weights"),
+    ):
+        works(*extraction[:-1], tmp_path / name, *options)
+        assert shown in works("inspect", tmp_path / name).out
+
+
 def test_an_empty_shard_among_others(road, tmp_path):
     import tarfile
 
@@ -249,9 +284,12 @@ def test_wrong_options(road, tmp_path):
         ("--k", "many", "expected --k as a number or `all`, got 'many'"),
         ("--k", "0", "k: Input should be greater than or equal to 1, got 0"),
         ("--k", "17", "expected k up to 16 (image tokens 10, text tokens 16), got 17; use --k all"),
+        ("--mass", "1.5", "mass: Input should be less than or equal to 1, got 1.5"),
+        ("--max-k", "4", "expected --mass together with --max-k"),
         ("--layers", "last", "expected --layers as numbers with commas, for example 10,11, got 'last'"),
         ("--layers", "2", "expected different layers from 0 to 1, got [2]"),
-        ("--weights", "log9", "weights: Input should be 'log8', 'float16' or 'float32', got 'log9'"),
+        ("--weights", "log9", "weights: Input should be 'sqrt8', 'log8', 'float16' or 'float32', got 'log9'"),
+        ("--sqrt-steps", "255", "steps: Input should be less than or equal to 254, got 255"),
         ("--device", "toaster", "expected --device cpu or a GPU that torch can use here, got 'toaster'"),
     ):
         fails(*extraction, option, value, expected=expected)

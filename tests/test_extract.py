@@ -4,15 +4,16 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import picture
-from pipeline import Child, cli, make_cache, make_samples, make_shards, png, tree, wait_for
+from pipeline import Child, cli, killed_in, make_cache, make_samples, make_shards, png, tree, wait_for
 from transformers import ViltModel
 
 from dde_cache.errors import CacheError, InputError, TeacherError
 from dde_cache.extract import ExtractConfig, ExtractProgress, extract
-from dde_cache.samples import Sample
+from dde_cache.samples import Sample, open_shards
 from dde_cache.store import Cache
 
 
@@ -64,40 +65,131 @@ def test_a_finished_unit_of_other_samples_is_not_skipped(finished, teacher_folde
     assert tree(folder) == tree(finished.folder)
 
 
+def test_a_unit_is_a_function_of_its_shard_alone(shards, finished, teacher_folder, tmp_path):
+    """Whatever else is extracted in the same run, in whatever order, with whatever workers."""
+    whole = tree(finished.folder / "units")
+    for number, (some, workers) in enumerate((((4,), 0), ((5, 0), 0), ((3, 4, 1), 1))):
+        cache = make_cache([shards[one] for one in some], teacher_folder, tmp_path / f"{number}", workers=workers)
+        alone = tree(cache.folder / "units")
+        assert set(alone) == {f"{one:06d}.zarr.zip" for one in some}
+        assert alone.items() <= whole.items()
+
+
+def test_provenance_names_the_folder_of_each_shard(shards, teacher_folder, tmp_path):
+    """Shards of two folders: a unit does not depend on which one comes first."""
+    copies = []
+    for number, name in enumerate(("east", "west")):
+        (tmp_path / name).mkdir()
+        shutil.copy(shards[number].path, tmp_path / name)
+        copies += open_shards(tmp_path / name)
+    one = make_cache(copies, teacher_folder, tmp_path / "one")
+    two = make_cache(copies[::-1], teacher_folder, tmp_path / "two")
+    assert tree(one.folder / "units") == tree(two.folder / "units")
+    found = [one.unit(entry).attributes.provenance.shards for entry in one.manifest.units]
+    assert found == ["east", "west"]
+
+
+# --- two extractions into one folder
+
+
+def assert_whole(folder, shards, *caches):
+    """Every unit is there once, as one of the caches has it, and the manifest says so."""
+    assert not list(folder.rglob("*.partial"))
+    cache = Cache(folder)
+    assert [entry.source for entry in cache.manifest.units] == [shard.name for shard in shards]
+    choices = [tree(other.folder / "units") for other in caches]
+    for entry in cache.manifest.units:
+        cache.unit(entry).check_readable()
+        assert (folder / "units" / entry.name).read_bytes() in [choice[entry.name] for choice in choices]
+
+
+def test_two_extractions_of_the_same_shards(shards, finished, teacher_folder, tmp_path):
+    """In batches of two sizes, so that their units differ in bytes: one of the two wins, and is the listed one."""
+    other = make_cache(shards, teacher_folder, tmp_path / "other", batch_size=3)
+    assert tree(other.folder / "units") != tree(finished.folder / "units")
+    out = tmp_path / "cache"
+    arguments = command(shards, teacher_folder, out)[:-1]
+    children = [Child(*arguments, size, folder=tmp_path) for size in (4, 3)]
+    for child in children:
+        assert child.wait() == 0, child.printed
+    assert_whole(out, shards, finished, other)
+
+
+def test_a_unit_that_another_extraction_finished_first_stays(shards, finished, teacher_folder, tmp_path):
+    """It comes between our look and our writing, and is never written over."""
+    other = make_cache(shards, teacher_folder, tmp_path / "other", batch_size=3)
+    name, out = "000001.zarr.zip", tmp_path / "cache"
+
+    def batch(_pairs, _kept):
+        if not (out / "units" / name).exists():
+            shutil.copy(other.folder / "units" / name, out / "units" / name)
+
+    extract(shards, str(teacher_folder), out, ExtractConfig(batch_size=4), ExtractProgress(batch=batch))
+    assert (out / "units" / name).read_bytes() == (other.folder / "units" / name).read_bytes()
+    assert_whole(out, shards, finished, other)
+
+
+def test_two_extractions_of_different_shards(shards, finished, teacher_folder, tmp_path):
+    """Two machines share the work: whoever ends last lists the other's units too."""
+    out = tmp_path / "cache"
+    paths = [tmp_path / name for name in ("even", "odd")]
+    for path, some in zip(paths, (shards[::2], shards[1::2]), strict=True):
+        path.mkdir()
+        for shard in some:
+            shutil.copy(shard.path, path)
+    children = [
+        Child("extract", path, "--teacher", teacher_folder, "--out", out, "--batch-size", 4, folder=tmp_path)
+        for path in paths
+    ]
+    for child in children:
+        assert child.wait() == 0, child.printed
+    alone = [make_cache(open_shards(path), teacher_folder, tmp_path / f"alone-{path.name}") for path in paths]
+    units = tree(alone[0].folder / "units") | tree(alone[1].folder / "units")
+    assert tree(out / "units") == units
+    cache = Cache(out)
+    assert [entry.source for entry in cache.manifest.units] == [shard.name for shard in shards]
+    for entry in cache.manifest.units:
+        cache.unit(entry).check_readable()
+
+
+# --- memory
+
+
+def test_out_of_memory_says_so_and_changes_nothing(teacher_folder, tmp_path):
+    """The address space ends a little above what is used: attention over 2,501 image tokens does not fit."""
+    import resource
+
+    shards = make_shards(tmp_path / "train", make_samples(4, sizes=((600, 600),)), size=4)
+
+    def limit():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + 300 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    child = Child(*command(shards, teacher_folder, tmp_path / "cache"), folder=tmp_path, before=limit)
+    assert child.wait() == 1, child.printed
+    assert "Traceback" not in child.printed
+    assert "not enough memory on cpu for a batch of 4 pairs; pass a smaller --batch-size" in child.message
+    assert Cache(tmp_path / "cache").manifest.units == ()
+
+
 # --- kill -9
 
 
-def killed_in(target, count):
-    """A hook for a child: the `count`-th call of a function of `os` ends the process on the spot."""
-    import os
-
-    def install():
-        original, calls = getattr(os, target), []
-
-        def call(*arguments):
-            calls.append(arguments)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
-
-        setattr(os, target, call)
-
-    return install
-
-
 @pytest.mark.parametrize(
-    ("target", "count"),
+    ("target", "count", "name"),
     [
-        ("replace", 1),  # before the first manifest has its name
-        ("replace", 2),  # a unit is written, but not under its name
-        ("replace", 3),  # a unit is there, its manifest is not
-        ("fsync", 4),  # in the middle of a unit
-        ("replace", 9),
+        ("fsync", 2, ""),  # in the middle of the assets
+        ("link", 1, "manifest.json"),  # before the first manifest has its name
+        ("link", 1, "000000.zarr.zip"),  # a unit is written, but not under its name
+        ("replace", 1, "manifest.json"),  # a unit is there, its manifest is not
+        ("fsync", 10, ""),  # in the middle of a unit
+        ("replace", 4, "manifest.json"),
     ],
 )
-def test_killed_at_the_worst_moment(shards, finished, teacher_folder, tmp_path, target, count):
+def test_killed_at_the_worst_moment(shards, finished, teacher_folder, tmp_path, target, count, name):
     out = tmp_path / "cache"
-    child = Child(*command(shards, teacher_folder, out), folder=tmp_path, before=killed_in(target, count))
+    child = Child(*command(shards, teacher_folder, out), folder=tmp_path, before=killed_in(target, count, name))
     assert child.wait() == -signal.SIGKILL
     if (out / "manifest.json").exists():
         cache = Cache(out)
@@ -129,7 +221,12 @@ def test_killed_at_a_random_moment(shards, finished, teacher_folder, tmp_path, s
 def test_other_options_on_the_same_folder(finished, shards, teacher_folder, save_teacher):
     with pytest.raises(CacheError) as caught:
         make_cache(shards, teacher_folder, finished.folder, k=4, heads="mean", queries="all")
-    for line in ("k: expected 4, got 8", 'heads: expected "mean", got "all"', 'queries: expected "all", got "valid"'):
+    for line in (
+        "k: expected 4, got null",
+        "steps: expected null, got 56",
+        'heads: expected "mean", got "all"',
+        'queries: expected "all", got "valid"',
+    ):
         assert line in str(caught.value)
     with pytest.raises(CacheError, match=r"teacher\.weights: expected "):
         make_cache(shards, save_teacher(seed=8), finished.folder)
@@ -221,3 +318,12 @@ def test_the_command_says_what_it_did(shards, teacher_folder, tmp_path):
     again = cli(*command(shards, teacher_folder, tmp_path / "cache", "--k", "all"))
     assert again.code == 0
     assert "pairs in finished units" in again.out
+
+
+def test_assets_do_not_say_which_library_wrote_them(finished):
+    """Two labs with one teacher and other versions have caches that merge: equal fingerprints and equal assets."""
+    import transformers
+
+    for path in (finished.folder / "assets").iterdir():
+        assert transformers.__version__ not in path.read_text(), path.name
+    assert "transformers_version" not in finished.teacher_config

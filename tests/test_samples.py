@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,7 +59,6 @@ samples = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(samples, min_size=1, max_size=5, unique_by=lambda one: one.key), st.integers(1, 3))
 def test_what_is_written_is_read_back(tmp_path_factory, written, shard_size):
     folder = tmp_path_factory.mktemp("shards")

@@ -144,7 +144,7 @@ def test_bytes_are_the_same_on_every_machine():
     assert sample.content_hash().hex() == GOLDEN
 
 
-GOLDEN = "26dfb79c824867c21fc81370f0b38cff6ac2e0a11a256062d7c712767a794791"
+GOLDEN = "8c56c44eb6ff617fba9199aeb4a219f75ec555a459c6f8a000c3b1104037c3b4"
 
 
 def test_a_scene_is_in_one_split_whatever_the_seeds():

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from pipeline import make_cache, make_shards, tree
 
+from dde_cache import store
 from dde_cache.errors import CacheError, InputError
 from dde_cache.spec import Manifest
 from dde_cache.store import Cache, CacheWriter, describe_unit, read_manifest
@@ -170,7 +171,7 @@ def test_the_manifest_can_be_made_again_from_the_units(folder, made):
 def test_making_the_manifest_again_blesses_no_bad_unit(folder, made):
     path = folder / "units" / UNITS[0]
     content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
+    content[content.index(b"\x28\xb5\x2f\xfd", len(content) // 3) + 10] ^= 1  # in a zstd frame, not in the zip's own
     path.write_bytes(content)
     resealed(folder, lambda manifest: manifest.model_copy(update={"units": ()}))
     with pytest.raises(CacheError, match=r"000000\.zarr\.zip"):
@@ -178,12 +179,12 @@ def test_making_the_manifest_again_blesses_no_bad_unit(folder, made):
 
 
 def test_another_specification_is_refused_with_the_differences(folder, made):
-    other = made.spec.model_copy(update={"k": None, "weights": "float16", "layers": (0, 2)})
+    other = made.spec.model_copy(update={"k": 8, "weights": "float16", "steps": None, "layers": (0, 2)})
     before = tree(folder)
     with pytest.raises(CacheError) as caught:
         CacheWriter(folder, other, folder / "assets")
     message = str(caught.value)
-    for expected in ("k: expected null, got 8", 'weights: expected "float16", got "log8"', "layers: expected [0, 2]"):
+    for expected in ("k: expected 8, got null", 'weights: expected "float16", got "sqrt8"', "layers: expected [0, 2]"):
         assert expected in message
     assert "heads" not in message
     assert tree(folder) == before
@@ -201,6 +202,43 @@ def test_a_folder_that_is_not_ours(made, tmp_path, inside):
 def test_a_file_where_the_cache_should_go(made, tmp_path):
     (tmp_path / "out").write_text("precious")
     with pytest.raises(InputError, match="expected a new or empty folder"):
+        CacheWriter(tmp_path / "out", made.spec, made.folder / "assets")
+
+
+def test_a_unit_that_comes_while_the_manifest_is_written_is_not_lost(folder, made, monkeypatch):
+    """Between the look and the writing of one writer, the other finishes its unit and closes."""
+    last = UNITS[2]
+    content = (folder / "units" / last).read_bytes()
+    (folder / "units" / last).unlink()
+    resealed(folder, lambda manifest: manifest.model_copy(update={"units": manifest.units[:2]}))
+    one, two = (CacheWriter(folder, made.spec, folder / "assets") for _ in range(2))
+    original = store.write_manifest
+    calls = []
+
+    def late(path, manifest, **options):
+        calls.append(manifest)
+        if len(calls) == 1:
+            (folder / "units" / last).write_bytes(content)
+            two.close()
+        return original(path, manifest, **options)
+
+    monkeypatch.setattr(store, "write_manifest", late)
+    assert one.close() == made.manifest == read_manifest(folder)
+    assert len(calls[0].units) == 2
+
+
+def test_a_writer_keeps_what_others_have_listed(folder, made):
+    resealed(folder, lambda manifest: manifest.model_copy(update={"units": ()}))
+    one, two = (CacheWriter(folder, made.spec, folder / "assets") for _ in range(2))
+    one.add(made.manifest.units[0])
+    two.add(made.manifest.units[1])
+    assert read_manifest(folder).units == made.manifest.units[:2]
+
+
+def test_assets_of_an_extraction_that_was_cut_short_are_not_mixed(made, tmp_path):
+    (tmp_path / "out" / "assets").mkdir(parents=True)
+    (tmp_path / "out" / "assets" / "labels.json").write_text("[]")
+    with pytest.raises(CacheError, match=r"(?s)holds assets of other targets.*labels\.json\ndelete"):
         CacheWriter(tmp_path / "out", made.spec, made.folder / "assets")
 
 

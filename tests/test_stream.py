@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dde_cache.stream import CHUNK_PAIRS, BatchOrder, Pair, PairTable, Recent, Shuffle
@@ -36,7 +36,6 @@ def test_pairs_are_in_file_order():
     assert table.batches(2, 2) == [[3]]
 
 
-@settings(max_examples=40, deadline=None)
 @given(sizes, shuffles, st.integers(0, 3))
 def test_an_epoch_has_every_pair_once(sizes, shuffle, epoch):
     table = table_of(sizes)
@@ -44,7 +43,6 @@ def test_an_epoch_has_every_pair_once(sizes, shuffle, epoch):
     assert sorted(numbers.tolist()) == list(range(len(table)))
 
 
-@settings(max_examples=40, deadline=None)
 @given(sizes, shuffles, st.integers(1, 64), st.data())
 def test_resuming_gives_the_same_rest(sizes, shuffle, batch_size, data):
     table = table_of(sizes)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import PATCH, TEXTS, picture, randomise, vilt_config
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import ViltForMaskedLM, ViltModel
 
 from dde_cache.attention import mask_keys, sparsify
@@ -152,6 +153,19 @@ def test_a_saved_student_is_the_same(student, batch, tmp_path):
     positions = loaded.text_tower.text_embeddings.position_ids
     assert torch.equal(positions, torch.arange(12)[None]), "a buffer that is not saved"
     assert_same_output(run(loaded, batch), run(student, batch))
+
+
+@pytest.mark.parametrize("deviation", [0.02, 0.2])
+def test_every_new_weight_has_the_deviation_that_the_towers_shape_says(deviation):
+    config = vilt_config()
+    config.initializer_range = deviation
+    student = new_student(config, LABELS)
+    drawn = [module for module in student.modules() if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)]
+    weights = torch.cat([module.weight.flatten() for module in drawn])
+    assert len(drawn) > 2 * config.num_hidden_layers * 6
+    torch.testing.assert_close(weights.std().item(), deviation, rtol=0.02, atol=0)
+    head = torch.cat([p.flatten() for p in (*student.head.parameters(), *student.fusion.parameters()) if p.dim() == 2])
+    torch.testing.assert_close(head.std().item(), deviation, rtol=0.05, atol=0)
 
 
 def test_two_new_students_of_one_seed_are_equal():

@@ -11,8 +11,7 @@ from conftest import TEXT_LENGTH, picture, vilt_processor
 from pipeline import all_pairs, make_cache, make_samples, make_shards, png, whole_batch
 from transformers import BertTokenizer, ViltProcessor
 
-from dde_cache.attention import densify
-from dde_cache.codec import EncodedAttention, decode
+from dde_cache.codec import dense_rows, from_parts, part_names
 from dde_cache.errors import CacheError
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Text, open_shards
@@ -35,8 +34,8 @@ def exact(shards, teacher_folder, tmp_path_factory):
 
 
 def dense(batch, direction, keys):
-    parts = [batch[f"{direction}.{part}"] for part in ("index", "weight", "tail")]
-    return densify(decode(EncodedAttention(*parts)), keys)
+    steps = None if f"{direction}.index" in batch else 254
+    return dense_rows(from_parts({part: batch[f"{direction}.{part}"] for part in part_names(steps)}, steps), keys)
 
 
 def dense_by_pair(teacher, shards, pair, layer):
@@ -238,5 +237,5 @@ def test_positions_outside_the_key_axis_are_refused(shards, exact, tmp_path):
         for entry in manifest.units
     ]
     path.write_text(manifest.model_copy(update={"units": tuple(entries)}).sealed().model_dump_json())
-    with pytest.raises(CacheError, match=r"000000\.zarr\.zip: t2i: expected key positions inside"):
+    with pytest.raises(CacheError, match=r"000000\.zarr\.zip: maps/t2i is damaged \(expected key positions inside"):
         CacheTargets(Cache(folder), shards, 2).targets(all_pairs(shards))

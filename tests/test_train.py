@@ -108,9 +108,11 @@ def test_a_cache_of_valid_rows_gives_the_same_loss_over_valid_rows(student, shar
     [
         ({"k": None, "weights": "log8"}, 1e-3, 5e-3),
         ({"k": None, "weights": "float16"}, 1e-4, 1e-3),
-        ({}, 0.01, 0.02),
+        ({"k": 8}, 0.01, 0.02),
+        ({}, 2e-3, 6e-3),
+        ({"steps": 254}, 1e-4, 1.5e-3),
     ],
-    ids=["all keys log8", "all keys float16", "default (top 8, log8)"],
+    ids=["all keys log8", "all keys float16", "top 8 log8", "default (sqrt8, 56 steps)", "sqrt8, 254 steps"],
 )
 def test_what_quantisation_costs(student, shards, teacher, caches, options, loss_bound, gradient_bound):
     """The stated bounds hold for these maps: peaked random ones, 10 image keys and up to 11 text keys."""
@@ -121,6 +123,24 @@ def test_what_quantisation_costs(student, shards, teacher, caches, options, loss
     print(f"relative error {options}: loss {loss_error:.2e}, gradient {relative(gradient, expected):.2e}")
     assert 1e-8 < loss_error < loss_bound
     assert relative(gradient, expected) < gradient_bound
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_padded_rows_of_whole_rows(student, shards, teacher, caches, heads):
+    """Every query row, padding too: the stored row of padding stands for all of a picture's."""
+    name = f"every {heads}"
+    codes = caches(name, queries="all", steps=254, heads=heads)
+    exact = caches(f"exact {heads}", queries="all", k=None, weights="float32", heads=heads)
+    config = TrainConfig(queries="all", soft_weight=0.0)
+    found = []
+    for cache in (codes, exact):
+        reader = CacheTargets(cache, shards, LAYER, padded_queries=True)
+        batch = whole_batch(shards, cache.preprocessor(), LABELS, reader, full_text=True)
+        found.append(losses_and_gradients(student, config, CachedTargets(cache), batch, heads == "mean"))
+    (got, gradient), (expected, exactly) = found
+    for part in ("t2i", "i2t"):
+        torch.testing.assert_close(got[part], expected[part], rtol=2e-3, atol=0)
+    assert relative(gradient, exactly) < 4e-3
 
 
 def test_mean_of_heads_is_compared_with_the_mean_of_heads(student, shards, teacher, caches):

@@ -37,7 +37,7 @@ _OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right o
 _FINE = 4  # sub-pixels a side, so 16 levels of coverage
 _LEVELS = _FINE * _FINE
 _ATTEMPTS = 20_000
-_ADJACENT_SHARE = 2 / 3  # of the neighbour negatives: the two objects touch, but in another direction
+_ADJACENT_SHARE = 1 / 2  # of the neighbour negatives: the two objects touch, but in another direction
 
 # An object is 1 + 3 * colour + shape, an empty cell 0. A phrase is 0..8 for colour and shape, 9..11 for a colour
 # alone ("red shape"), 12..14 for a shape alone ("circle").

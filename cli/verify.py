@@ -1,0 +1,85 @@
+"""`dde-cache verify`."""
+
+from pathlib import Path
+
+import typer
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from dde_cache.samples import open_shards
+from dde_cache.verify import VerifyProgress, VerifyReport
+from dde_cache.verify import verify as run_verify
+
+from .console import byte_progress, console, print_json
+
+
+def verify(
+    cache: Path = typer.Argument(help="Folder of the cache."),
+    fast: bool = typer.Option(False, "--fast", help="Leave out what reads every byte of every unit."),
+    against: str | None = typer.Option(None, help="Shards to compare keys and contents with."),
+    teacher: str | None = typer.Option(None, help="Recompute pairs of --against with this teacher."),
+    sample: int = typer.Option(64, min=1, help="How many pairs --teacher recomputes."),
+    device: str = typer.Option("cpu", help="Where --teacher runs."),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Judge CACHE: every hash, checksum and bound. Exit code 0 where it is sound, 1 where not."""
+    shards = None if against is None else open_shards(against)
+    with byte_progress("{task.fields[name]}") as bar:
+        report = run_verify(
+            cache,
+            fast=fast,
+            against=shards,
+            teacher=teacher,
+            sample=sample,
+            device=device,
+            progress=watch(bar),
+        )
+    if json:
+        print_json(report)
+    else:
+        show(report)
+    if not report.sound:
+        raise typer.Exit(1)
+
+
+def watch(bar: Progress) -> VerifyProgress:
+    """Draw how many bytes are checked."""
+    task = bar.add_task("verify", total=None, name="")
+
+    def unit(name: str, size: int) -> None:
+        bar.update(task, advance=size, name=name[:20])
+
+    return VerifyProgress(
+        start=lambda total: bar.update(task, total=total),
+        unit=unit,
+        stage=lambda name: bar.update(task, description=name, name=""),
+    )
+
+
+def show(report: VerifyReport) -> None:
+    """Print the findings, then the verdict."""
+    if report.findings:
+        table = Table(title=escape(f"findings in {report.cache}"), show_lines=True)
+        table.add_column("what")
+        table.add_column("count", justify="right")
+        table.add_column("where", overflow="fold")
+        for finding in report.findings:
+            more = len(finding.examples) < finding.count and len(finding.examples) > 1
+            lines = [*finding.examples, *(["..."] if more else [])]
+            table.add_row(finding.meaning, f"{finding.count:,}", escape("\n".join(lines)))
+        console.print(table)
+    known = f"{report.units:,} units, {report.pairs:,} pairs, {report.bytes / 1e6:,.1f} MB"
+    looked = "every hash, checksum and bound" if report.checked == "full" else "names, sizes, counts, identity (--fast)"
+    console.print(f"checked: {looked}; {known}", highlight=False)
+    if report.against is not None:
+        console.print(f"against: {report.against:,} samples by key and content", highlight=False)
+    again = report.recomputed
+    if again is not None:
+        console.print(
+            f"recomputed: {again.pairs:,} pairs; largest error of a weight {again.largest_weight_error:.5f} (tolerance "
+            f"{again.tolerance:g} and the codec's)",
+            highlight=False,
+        )
+    verdict = "[bold green]sound[/]" if report.sound else "[bold red]not sound[/]"
+    console.print(f"{escape(report.cache)}: {verdict}", highlight=False)

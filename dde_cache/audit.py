@@ -1,0 +1,223 @@
+"""Every checksum and every bound of one unit. Reads a chunk at a time and goes on after a finding.
+
+A unit is judged by what it says of itself: its specification, its counts, its tables. What a cache's manifest says of
+it is compared in `verify.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dde_cache.bounds import inconsistent, unsafe
+from dde_cache.errors import CacheError
+from dde_cache.layout import DIRECTIONS, array_names
+from dde_cache.stream import CHUNK_PAIRS
+from dde_cache.unit import MapColumns, Unit
+
+Kind = Literal[
+    "manifest", "assets", "card", "missing", "unlisted", "bytes", "unreadable", "identity", "counts", "checksum",
+    "members", "keys", "records", "tokens", "index", "rows", "logits", "duplicates", "shards", "content", "teacher",
+    "targets",
+]  # fmt: skip
+"""What is wrong: what is read first comes first."""
+
+KINDS: dict[Kind, str] = {
+    "manifest": "manifest.json is missing, changed or damaged",
+    "assets": "files in assets/ are missing, changed or not listed",
+    "card": "README.md is not the card that was sealed",
+    "missing": "units of the manifest that are not there",
+    "unlisted": "files in units/ that the manifest does not list",
+    "bytes": "units with another size or SHA-256 than the manifest says",
+    "unreadable": "units that cannot be opened, or whose arrays are not allowed",
+    "identity": "units of another teacher, or with other options",
+    "counts": "units with other counts or another shard than they should have",
+    "checksum": "arrays with damaged or missing chunks",
+    "members": "members of a unit's zip that do not belong there",
+    "keys": "sample keys that cannot be read, are no text, or stand twice in a unit",
+    "records": "records out of order, twice, incomplete, or of no sample",
+    "tokens": "token counts, token ids or grids outside their bounds",
+    "index": "positions, weights, codes or tails outside their bounds",
+    "rows": "rows that contradict themselves",
+    "logits": "logits that are not finite",
+    "duplicates": "keys that are in two units",
+    "shards": "keys that only the shards or only the cache has",
+    "content": "samples that are not those that the teacher saw",
+    "teacher": "the teacher given is not the one of the cache",
+    "targets": "targets that the teacher does not give again",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: what kind, where and how, and how many rows, records or files it concerns."""
+
+    kind: Kind
+    message: str
+    count: int = 1
+
+
+def audit(unit: Unit) -> Iterator[Problem]:
+    """Find everything that is wrong inside a unit.
+
+    Args:
+        unit: opened, so that its attributes and the make of its arrays hold already.
+    """
+    yield from _members(unit)
+    yield from _read(_samples, unit, "keys")
+    if "maps" in unit.attributes.groups:
+        yield from _read(_maps, unit, "checksum")
+    if unit.has_logits:
+        yield from _read(_predictions, unit, "checksum")
+
+
+def _read(check: Callable[[Unit], Iterator[Problem]], unit: Unit, kind: Kind) -> Iterator[Problem]:
+    """A table whose columns cannot be read is one finding; its other columns say no more."""
+    try:
+        yield from check(unit)
+    except CacheError as error:
+        yield Problem(kind, _short(error, unit))
+
+
+def _short(error: CacheError, unit: Unit) -> str:
+    text = str(error).removeprefix(f"{unit.path}: ").split("; delete the unit")[0]
+    return text[:300]
+
+
+def _members(unit: Unit) -> Iterator[Problem]:
+    """Checksums of the zip, and members that no array has. Groups that are not required may hold anything."""
+    blocks, optional = unit.blocks, set(unit.attributes.groups) - {"samples", "maps", "predictions"}
+    expected = {"zarr.json"}
+    for name in array_names(unit.attributes):
+        parts = name.split("/")
+        expected |= {f"{'/'.join(parts[:depth])}/zarr.json" for depth in range(1, len(parts) + 1)}
+        expected |= {blocks.chunk_name(name, number) for number in range(blocks.layout(name).chunks)}
+    extra = [name for name in sorted(blocks.names - expected) if name.split("/")[0] not in optional]
+    if extra:
+        yield Problem("members", f"{extra[0]} belongs to no array", len(extra))
+    damaged = [
+        f"{folder}/zarr.json: expected a group"
+        for folder in sorted({name.rpartition("/")[0] for name in array_names(unit.attributes)})
+        if not _is_group(unit, folder)
+    ]
+    for name in sorted(blocks.names):
+        try:
+            blocks.member(name)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+    if damaged:
+        yield Problem("checksum", damaged[0][:300], len(damaged))
+    missing = sorted(expected - blocks.names)
+    if missing:
+        yield Problem("checksum", f"{missing[0]} is missing", len(missing))
+
+
+def _is_group(unit: Unit, folder: str) -> bool:
+    try:
+        return unit.blocks.metadata(folder).get("node_type") == "group"
+    except (LookupError, ValueError, OSError):
+        return False
+
+
+def _samples(unit: Unit) -> Iterator[Problem]:
+    keys = unit.keys
+    if len(set(keys)) != len(keys):
+        seen: set[str] = set()
+        twice = [key for key in keys if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+        yield Problem("keys", f"{twice[0]!r} is there twice", len(twice))
+    odd = [key for key in keys if not key.isprintable()]
+    if odd:
+        yield Problem("keys", f"{odd[0]!r} has characters that cannot be shown", len(odd))
+    # The checksums of its chunks; any 32 bytes are a hash.
+    for start in range(0, len(keys), 2**16):
+        unit.array("samples/content", slice(start, start + 2**16))
+
+
+def _maps(unit: Unit) -> Iterator[Problem]:
+    maps = unit.maps
+    yield from _order(unit, [maps.sample, maps.text, maps.view, maps.passes, maps.image, maps.layer], "maps")
+    yield from _layers(unit, maps)
+    if _pairs(maps.sample, maps.text) != unit.attributes.pairs:
+        yield Problem("counts", f"expected maps of {unit.attributes.pairs} pairs, got {_pairs(maps.sample, maps.text)}")
+    low = int(((maps.text_tokens < 1) | (maps.grid < 1).any(-1)).sum())
+    if low:
+        yield Problem("tokens", "expected at least one text token and one patch", low)
+    padding = np.arange(maps.token_ids.shape[1])[None] >= maps.text_tokens[:, None]
+    behind = int(((maps.token_ids != 0) & padding).any(-1).sum())
+    if behind:
+        yield Problem("tokens", "token ids behind the valid tokens", behind)
+    for direction in DIRECTIONS:
+        yield from _attention(unit, maps, direction)
+
+
+def _order(unit: Unit, columns: list[np.ndarray], table: str) -> Iterator[Problem]:
+    """Records rise strictly from one to the next, compared column by column, and belong to samples."""
+    # 0 where a record equals the one before in all columns so far, otherwise the sign of the first difference.
+    sign = np.zeros(max(len(columns[0]) - 1, 0), np.int64)
+    for column in columns:
+        sign = np.where(sign == 0, np.sign(np.diff(column.astype(np.int64))), sign)
+    wrong = int((sign <= 0).sum())
+    if wrong:
+        yield Problem("records", f"{table}: records out of order or twice", wrong)
+    outside = int((columns[0] >= unit.attributes.samples).sum())
+    if outside:
+        yield Problem("records", f"{table}: records of no sample", outside)
+
+
+def _layers(unit: Unit, maps: MapColumns) -> Iterator[Problem]:
+    """Every map is there in every layer of the specification, for each image of its sample."""
+    layers = np.array(unit.attributes.spec.layers)
+    if len(maps.layer) % len(layers) or (maps.layer.reshape(-1, len(layers)) != layers).any():
+        yield Problem("records", f"maps: expected layers {layers.tolist()} for every map")
+        return
+    first = slice(None, None, len(layers))
+    if any(
+        (column.reshape(-1, len(layers)) != column[first][:, None]).any()
+        for column in (maps.sample, maps.text, maps.view, maps.passes, maps.image)
+    ):
+        yield Problem("records", "maps: expected all layers of a map together")
+
+
+def _pairs(sample: np.ndarray, text: np.ndarray) -> int:
+    """How many different pairs."""
+    return len(np.unique(sample.astype(np.int64) << 16 | text.astype(np.int64)))
+
+
+def _attention(unit: Unit, maps: MapColumns, direction: str) -> Iterator[Problem]:
+    """All numbers of one direction, a chunk at a time."""
+    spec = unit.attributes.spec
+    filled, keys = unit.filled(direction)
+    found: dict[tuple[Kind, str], int] = {}
+    for start in range(0, len(maps.sample), CHUNK_PAIRS):
+        rows = slice(start, start + CHUNK_PAIRS)
+        try:
+            parts = unit.parts(direction, rows)
+        except CacheError as error:
+            yield Problem("checksum", _short(error, unit))
+            continue
+        for problem in unsafe(parts, filled[rows], keys[rows], spec):
+            found["index", problem] = found.get(("index", problem), 0) + 1
+        # A NaN is a finding above already; here it only must not warn.
+        with np.errstate(invalid="ignore", over="ignore"):
+            for problem, count in inconsistent(parts, filled[rows], keys[rows], spec).items():
+                found["rows", problem] = found.get(("rows", problem), 0) + count
+    for (kind, problem), count in found.items():
+        yield Problem(kind, f"maps/{direction}: {problem}", count)
+
+
+def _predictions(unit: Unit) -> Iterator[Problem]:
+    columns = [unit.array(f"predictions/{name}") for name in ("sample", "text", "view", "pass")]
+    yield from _order(unit, columns, "predictions")
+    if _pairs(columns[0], columns[1]) != unit.attributes.pairs:
+        yield Problem("counts", f"expected logits of {unit.attributes.pairs} pairs, got {_pairs(*columns[:2])}")
+    infinite = 0
+    for start in range(0, len(columns[0]), CHUNK_PAIRS):
+        try:
+            logits = unit.array("predictions/logits", slice(start, start + CHUNK_PAIRS))
+        except CacheError as error:
+            yield Problem("checksum", _short(error, unit))
+            continue
+        infinite += int((~np.isfinite(logits)).any(-1).sum())
+    if infinite:
+        yield Problem("logits", "predictions/logits: not finite", infinite)

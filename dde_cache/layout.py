@@ -1,0 +1,148 @@
+"""What the arrays of a unit must look like, from its own specification and counts, before anything of them is read.
+
+docs/format.md has the same table in words.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dde_cache.blocks import Blocks, Layout
+from dde_cache.codec import part_names
+from dde_cache.spec import UnitAttributes
+from dde_cache.stream import CHUNK_PAIRS
+
+DIRECTIONS = ("t2i", "i2t")
+KNOWN_GROUPS = frozenset({"samples", "maps", "predictions"})
+
+MAX_RECORDS = 2**24
+"""Records a unit."""
+
+MAX_TOKENS = 2**20
+"""Image tokens of one picture."""
+
+SAMPLE_ARRAYS = ("key_bytes", "key_offsets", "content")
+
+MAP_COLUMNS: Mapping[str, type[np.generic]] = {
+    "sample": np.uint32,
+    "text": np.uint16,
+    "image": np.uint8,
+    "view": np.uint16,
+    "pass": np.uint8,
+    "layer": np.uint16,
+    "text_tokens": np.uint16,
+    "token_ids": np.uint32,
+    "grid": np.uint16,
+}
+
+PREDICTION_COLUMNS: Mapping[str, type[np.generic]] = {
+    "sample": np.uint32,
+    "text": np.uint16,
+    "view": np.uint16,
+    "pass": np.uint8,
+}
+
+_INDEX = ("uint8", "uint16", "uint32")
+_WEIGHT = {"sqrt8": "uint8", "log8": "uint8", "float16": "float16", "float32": "float32"}
+_TAIL = {"log8": "float16", "float16": "float16", "float32": "float32"}
+
+Axis = int | tuple[int, int]
+"""A length, or the least and the greatest."""
+
+
+def array_names(attributes: UnitAttributes) -> list[str]:
+    """The arrays that a unit with these groups must have."""
+    names = [f"samples/{name}" for name in SAMPLE_ARRAYS]
+    if "maps" in attributes.groups:
+        names += [f"maps/{name}" for name in MAP_COLUMNS]
+        names += [f"maps/{direction}/{part}" for direction in DIRECTIONS for part in part_names(attributes.spec.steps)]
+    if "predictions" in attributes.groups:
+        names += [f"predictions/{name}" for name in (*PREDICTION_COLUMNS, "logits")]
+    return names
+
+
+def layout_problems(blocks: Blocks, attributes: UnitAttributes) -> list[str]:
+    """List the arrays that are missing, of another make or type, or larger than the specification allows.
+
+    Only metadata is read.
+    """
+    problems: list[str] = []
+    layouts: dict[str, Layout] = {}
+    for name in array_names(attributes):
+        try:
+            layouts[name] = blocks.layout(name)
+        except KeyError:
+            problems.append(f"{name}: missing")
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    problems += [
+        f"{name}: {problem}"
+        for name, (types, axes) in _expected(layouts, attributes).items()
+        if name in layouts
+        for problem in _compare(layouts[name], types, axes)
+    ]
+    problems += [
+        f"{name}: expected at most {CHUNK_PAIRS} records a chunk, got {layout.records}"
+        for name, layout in layouts.items()
+        if name.endswith(("/index", "/weight", "/tail", "/logits")) and layout.records > CHUNK_PAIRS
+    ]
+    if attributes.samples > MAX_RECORDS:
+        problems.append(f"samples: expected at most {MAX_RECORDS:,} a unit, got {attributes.samples:,}")
+    return problems
+
+
+def _expected(
+    layouts: Mapping[str, Layout], attributes: UnitAttributes
+) -> dict[str, tuple[tuple[str, ...], tuple[Axis, ...]]]:
+    """Types and axes of each array; the first array of a table says how many records it has."""
+    spec = attributes.spec
+    rows: Axis = (0, MAX_RECORDS)
+
+    def length(name: str) -> Axis:
+        return layouts[name].shape[0] if name in layouts and layouts[name].shape[0] <= MAX_RECORDS else rows
+
+    expected: dict[str, tuple[tuple[str, ...], tuple[Axis, ...]]] = {
+        "samples/key_bytes": (("uint8",), ((0, 2**30),)),
+        "samples/key_offsets": (("uint64",), (attributes.samples + 1,)),
+        "samples/content": (("uint8",), (attributes.samples, 32)),
+    }
+    records = length("maps/sample")
+    wide: Mapping[str, tuple[Axis, ...]] = {"token_ids": ((0, spec.text_length),), "grid": (2,)}
+    for name, dtype in MAP_COLUMNS.items():
+        expected[f"maps/{name}"] = ((np.dtype(dtype).name,), (records, *wide.get(name, ())))
+    for direction, queries in (("t2i", spec.text_length), ("i2t", MAX_TOKENS)):
+        least = 0 if records == 0 else 1
+        keys = MAX_TOKENS if direction == "t2i" else spec.text_length
+        if spec.steps is not None:
+            dense: tuple[Axis, ...] = (records, spec.stored_heads, (least, queries), (least, keys))
+            expected[f"maps/{direction}/weight"] = ((_WEIGHT[spec.weights],), dense)
+            continue
+        index = layouts.get(f"maps/{direction}/index")
+        slots = (least, min(spec.k or MAX_TOKENS, keys))
+        # The three arrays of a direction have the same axes; the index says which.
+        same = index is not None and len(index.shape) == 4
+        row: tuple[Axis, ...] = (records, spec.stored_heads, index.shape[2] if same and index else (least, queries))
+        slot: Axis = index.shape[3] if same and index else slots
+        expected[f"maps/{direction}/index"] = (_INDEX, (records, spec.stored_heads, (least, queries), slots))
+        expected[f"maps/{direction}/weight"] = ((_WEIGHT[spec.weights],), (*row, slot))
+        expected[f"maps/{direction}/tail"] = ((_TAIL[spec.weights],), row)
+    predictions = length("predictions/sample")
+    for name, dtype in PREDICTION_COLUMNS.items():
+        expected[f"predictions/{name}"] = ((np.dtype(dtype).name,), (predictions,))
+    classes: Axis = (0, 0) if spec.classes is None else spec.classes
+    expected["predictions/logits"] = (("float32",), (predictions, classes))
+    return expected
+
+
+def _compare(layout: Layout, types: tuple[str, ...], axes: tuple[Axis, ...]) -> list[str]:
+    problems = []
+    if layout.dtype.name not in types:
+        problems.append(f"expected {' or '.join(types)}, got {layout.dtype.name}")
+    fits = len(layout.shape) == len(axes) and all(
+        size == axis if isinstance(axis, int) else axis[0] <= size <= axis[1]
+        for size, axis in zip(layout.shape, axes, strict=True)
+    )
+    if not fits:
+        shape = ", ".join(str(axis) if isinstance(axis, int) else f"{axis[0]} to {axis[1]}" for axis in axes)
+        problems.append(f"expected shape [{shape}], got {list(layout.shape)}")
+    return problems
