@@ -27,10 +27,11 @@ from common import TINY, TeacherShape, arguments, pictures_with_questions, print
 from dde_cache.codec import dense_rows, from_parts, part_names
 from dde_cache.errors import CacheError
 from dde_cache.extract import ExtractConfig, extract
+from dde_cache.join import join
 from dde_cache.samples import Shard
 from dde_cache.spec import Manifest
 from dde_cache.store import Cache, write_manifest
-from dde_cache.targets import CacheTargets, join
+from dde_cache.targets import CacheTargets
 from dde_cache.verify import verify
 
 SHAPE: TeacherShape = replace(TINY, side=64)

@@ -1,8 +1,10 @@
 """Reading targets from a cache against reading and decompressing the same bytes from plain files.
 
-Measured: one process reads an epoch of per-head top-8 records of ViLT-B/32 shape (12 heads, 6 to about 20 text tokens,
-145 image tokens) from finished unit files, in batches of 128, in the shuffled order of training: SHA-256 of every unit,
-opening, the checksum of every chunk, the join by key, the shuffle window, and the tensors of each batch.
+Measured: one process reads an epoch of records of ViLT-B/32 shape (12 heads, 6 to about 20 text tokens, 145 image
+tokens; per-head top 8, or with `--weights sqrt8` every key) from finished unit files, in batches of 128, in the
+shuffled order of training: SHA-256 of every unit, opening, the checksum of every chunk, the join by key, the shuffle
+window, and the tensors of each batch. It hashes and decompresses in up to four threads, as training does; with
+`--threads 1` in one.
 
 Limit: the very zstd blocks of those units, laid one after the other in plain files, read and decompressed by one thread
 in the order of the files, checking nothing and keeping nothing. Both read from the page cache.
@@ -21,10 +23,12 @@ import torch
 from common import CLOCKS, TEXT_LENGTH, VILT_B32, arguments, by_turns, print_machine, print_ratio, text_lengths
 from numcodecs.zstd import decompress
 
+from dde_cache import chunks
 from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.codec import EncodedAttention, concatenate, encode
+from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense
+from dde_cache.identity import STEPS
 from dde_cache.samples import Shard
-from dde_cache.spec import Group, Provenance, TargetSpec, TeacherIdentity, UnitAttributes, UnitEntry
+from dde_cache.spec import Group, Provenance, TargetSpec, TeacherIdentity, UnitAttributes, UnitEntry, Weights
 from dde_cache.store import Cache, CacheWriter
 from dde_cache.stream import CHUNK_PAIRS, BatchOrder, PairTable, Shuffle
 from dde_cache.targets import CacheTargets
@@ -44,21 +48,30 @@ class Name:
         self.name = name
 
 
-def softmax_rows(lengths: np.ndarray, random: torch.Generator) -> tuple[SparseAttention, SparseAttention]:
-    """Attention of `lengths` text tokens and 145 image tokens, a few keys strong for all queries of a head; top 8."""
+def encoded_rows(
+    lengths: np.ndarray, random: torch.Generator, weights: Weights
+) -> tuple[EncodedAttention, EncodedAttention]:
+    """Attention of `lengths` text tokens and 145 image tokens, a few keys strong for all queries of a head."""
     count, longest = len(lengths), int(lengths.max())
     text = torch.arange(longest)[None] < torch.from_numpy(lengths)[:, None]
     scores = torch.randn(count, HEADS, longest, IMAGE_TOKENS, generator=random)
     scores += 1.5 * torch.randn(count, HEADS, 1, IMAGE_TOKENS, generator=random)
     scores += 1.5 * torch.randn(count, HEADS, longest, 1, generator=random)
-    t2i = sparsify(scores.softmax(-1), KEPT)
     rows = text[:, None, :, None]
-    t2i = SparseAttention(t2i.index * rows, t2i.weight * rows, t2i.tail * rows[..., 0])
     keys = scores.masked_fill(~rows, torch.finfo(torch.float32).min).transpose(2, 3)
-    return t2i, sparsify(keys.softmax(-1), min(KEPT, longest))
+    if weights == "sqrt8":
+        image = torch.ones(count, IMAGE_TOKENS, dtype=torch.bool)
+        return (
+            encode_dense(scores.softmax(-1), text, image, STEPS),
+            encode_dense(keys.softmax(-1), image, text, STEPS),
+        )
+    t2i = sparsify(scores.softmax(-1), KEPT)
+    t2i = SparseAttention(t2i.index * rows, t2i.weight * rows, t2i.tail * rows[..., 0])
+    i2t = sparsify(keys.softmax(-1), min(KEPT, longest))
+    return encode(t2i, weights, IMAGE_TOKENS), encode(i2t, weights, TEXT_LENGTH)
 
 
-def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
+def write_cache(folder: Path, units: int, records: int, classes: int, weights: Weights = "log8") -> Cache:
     """Write units of `records` pairs with the project's own writer; units hold the same pairs in other orders."""
     assets = folder / "made-assets"
     assets.mkdir(parents=True)
@@ -72,8 +85,9 @@ def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
         queries="valid",
         text_length=TEXT_LENGTH,
         patch_size=32,
-        k=KEPT,
-        weights="log8",
+        k=None if weights == "sqrt8" else KEPT,
+        steps=STEPS if weights == "sqrt8" else None,
+        weights=weights,
         dtype="float32",
         classes=classes,
     )
@@ -86,10 +100,8 @@ def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
     for part in np.array_split(np.arange(records), max(records // 64, 1)):
         # The longest text of all in each part, so that parts have one shape.
         counted = np.append(lengths[part], lengths.max())
-        for name, sparse, keys in zip(
-            ("t2i", "i2t"), softmax_rows(counted, generator), (IMAGE_TOKENS, TEXT_LENGTH), strict=True
-        ):
-            encoded[name].append(encode(sparse, "log8", keys).records(torch.arange(len(part))))
+        for name, rows in zip(("t2i", "i2t"), encoded_rows(counted, generator, weights), strict=True):
+            encoded[name].append(rows.records(torch.arange(len(part))))
     whole = {name: concatenate(parts) for name, parts in encoded.items()}
     for number in range(units):
         name = f"{number:06d}"
@@ -107,13 +119,13 @@ def write_cache(folder: Path, units: int, records: int, classes: int) -> Cache:
             token_ids=ids * (np.arange(ids.shape[1])[None] < lengths[order][:, None]),
             grid=np.tile(GRID, (records, 1)),
         )
-        rows = torch.from_numpy(order)
+        chosen = torch.from_numpy(order)
         arrays = UnitArrays(
             keys=[f"{name}-{sample:06d}" for sample in range(records)],
             content=random.integers(0, 256, (records, 32), dtype=np.uint8),
             maps=columns,
-            t2i=whole["t2i"].records(rows),
-            i2t=whole["i2t"].records(rows),
+            t2i=whole["t2i"].records(chosen),
+            i2t=whole["i2t"].records(chosen),
             prediction_sample=np.arange(records),
             prediction_text=zeros,
             logits=random.normal(size=(records, classes)).astype(np.float32),
@@ -193,14 +205,17 @@ def main() -> None:
     parser.add_argument("--records", type=int, help="a unit")
     parser.add_argument("--classes", type=int, default=3, help="width of the logits; 3: SNLI-VE, 3129: VQAv2")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--weights", choices=("log8", "sqrt8"), default="log8")
+    parser.add_argument("--threads", type=int, default=chunks.THREADS, help="that hash and decompress")
     given = parser.parse_args()
     clock = CLOCKS[given.clock]
     full = given.size == "full"
-    units, records = given.units or (16 if full else 2), given.records or (1024 if full else 128)
+    chunks.THREADS = given.threads
+    units, records = given.units or (64 if full else 2), given.records or (1024 if full else 128)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cache = write_cache(folder, units, records, given.classes)
+        cache = write_cache(folder, units, records, given.classes, given.weights)
         files = plain_files(cache, folder / "plain")
         seeds = iter(range(1000))
 
@@ -230,8 +245,8 @@ def main() -> None:
     )
     print(
         f"  cache: {rate['cache']:,.0f} records/s; {units} units of {records:,} records, {min(CHUNK_PAIRS, records)} "
-        f"records a chunk, batches of {given.batch_size}, {given.clock} time, "
-        f"{stored / total:,.0f} bytes a record (dense float16 of the "
+        f"records a chunk, {given.weights}, batches of {given.batch_size}, {given.threads} threads, "
+        f"{given.clock} time, {stored / total:,.0f} bytes a record (dense float16 of the "
         f"valid tokens: {dense:,.0f})"
     )
     print_machine()

@@ -9,10 +9,10 @@ from rich.markup import escape
 from dde_cache.configs import resolve_config
 from dde_cache.errors import InputError
 from dde_cache.fit import Progress as FitProgress
+from dde_cache.join import OnMissing
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
-from dde_cache.targets import OnMissing
 from dde_cache.teacher import FusionTeacher
 from dde_cache.train import (
     PRESETS,

@@ -100,18 +100,19 @@ def _fill_maps(maps: zarr.Group, table: MapColumns, directions: Mapping[str, Enc
         if attention is None:
             continue
         group = maps.create_group(direction)
-        # Keys lie in their order and compress along it; slots fall, and compress slot by slot.
+        # Keys lie in their order and compress along it; slots fall, and compress slot by slot. The record stays the
+        # first axis: one copy takes it out, for 1.3 % more bytes than slots before records.
         sparse = isinstance(attention, EncodedSparse)
         for name, part in attention.parts.items():
             values = part.numpy()
             if values.dtype.kind == "i":
                 # torch has no comfortable unsigned types beyond 8 bits; positions are never negative.
                 values = values.view(f"u{values.itemsize}")
-            _put(group, name, values, CHUNK_PAIRS, slots_first=sparse and values.ndim == 4, level=_MAP_LEVEL)
+            _put(group, name, values, CHUNK_PAIRS, slots_before=sparse and values.ndim == 4, level=_MAP_LEVEL)
 
 
 def _put(
-    group: zarr.Group, name: str, values: np.ndarray, chunk: int, slots_first: bool = False, level: int = 3
+    group: zarr.Group, name: str, values: np.ndarray, chunk: int, slots_before: bool = False, level: int = 3
 ) -> None:
     """Write one array in chunks of `chunk` records, compressed with zstd and checked by crc32c.
 
@@ -123,13 +124,13 @@ def _put(
             f"{name}: expected chunks of at most {MAX_BYTES:,} bytes, got {chunk} records of {values[:1].nbytes:,}; "
             "extract with --heads mean, or with a smaller --k"
         )
-    order = (values.ndim - 1, *range(values.ndim - 1))
+    order = (0, values.ndim - 1, *range(1, values.ndim - 1))
     group.create_array(
         name,
         shape=values.shape,
         dtype=values.dtype,
         chunks=(min(chunk, max(len(values), 1)), *(max(size, 1) for size in values.shape[1:])),
-        filters=[TransposeCodec(order=order)] if slots_first else None,
+        filters=[TransposeCodec(order=order)] if slots_before else None,
         serializer=BytesCodec(),
         compressors=[ZstdCodec(level=level), Crc32cCodec()],
         fill_value=0,

@@ -14,7 +14,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ MAX_DIRECTORY = 16 * 2**20
 
 MAX_METADATA = 2**20
 """Bytes of one `zarr.json`."""
+
+Allocate = Callable[[int], np.ndarray]
+"""Makes memory of so many bytes: an array of uint8."""
 
 _TYPES = frozenset({"uint8", "uint16", "uint32", "uint64", "int16", "int32", "float16", "float32"})
 _CHECKSUM_BYTES = 4
@@ -61,10 +64,12 @@ class Layout:
         """How many chunks there are; none where an axis is empty."""
         return -(-self.shape[0] // self.records) if all(self.shape) else 0
 
-    def blank(self, records: int) -> np.ndarray:
+    def blank(self, records: int, allocate: Allocate | None = None) -> np.ndarray:
         """Memory for some records, in the order on disk and seen in the array's own order."""
         shape = (records, *self.shape[1:])
-        return np.empty([shape[axis] for axis in self.order], self.dtype).transpose(np.argsort(self.order))
+        on_disk = [shape[axis] for axis in self.order]
+        memory = allocate(records * self.record_bytes) if allocate else np.empty(records * self.record_bytes, np.uint8)
+        return memory.view(self.dtype).reshape(on_disk).transpose(np.argsort(self.order))
 
 
 class Blocks:
@@ -141,8 +146,8 @@ class Blocks:
                 raise ValueError(f"its shape and chunks say {chunks:,} chunks, but the zip has fewer members")
         return self._layouts[name]
 
-    def read(self, name: str, rows: slice) -> np.ndarray:
-        """Read rows of an array.
+    def read(self, name: str, rows: slice, allocate: Allocate | None = None) -> np.ndarray:
+        """Read rows of an array, into memory of `allocate` where it is given.
 
         Raises:
             KeyError: the array or a chunk is missing.
@@ -158,12 +163,13 @@ class Blocks:
         if count * layout.record_bytes > MAX_BYTES:
             raise ValueError(f"expected reads of at most {MAX_BYTES:,} bytes, got {count * layout.record_bytes:,}")
         if not count or not layout.chunks:
-            return layout.blank(count)
+            return layout.blank(count, allocate)
         size = layout.records
         numbers = range(start // size, -(-stop // size))
         if len(numbers) == 1:
-            return self._chunk(name, layout, numbers[0])[start - numbers[0] * size : stop - numbers[0] * size]
-        read = layout.blank(count)
+            chunk = self._chunk(name, layout, numbers[0], allocate)
+            return chunk[start - numbers[0] * size : stop - numbers[0] * size]
+        read = layout.blank(count, allocate)
         for number in numbers:
             first, last = max(start, number * size), min(stop, (number + 1) * size)
             chunk = self._chunk(name, layout, number)
@@ -186,20 +192,22 @@ class Blocks:
         """The member that holds a chunk of an array."""
         return f"{name}/c/{number}" + "/0" * (len(self.layout(name).shape) - 1)
 
-    def _chunk(self, name: str, layout: Layout, number: int) -> np.ndarray:
-        block = self._member(self.chunk_name(name, number), self._size)
-        frame, checksum = block[:-_CHECKSUM_BYTES], block[-_CHECKSUM_BYTES:]
+    def _chunk(self, name: str, layout: Layout, number: int, allocate: Allocate | None = None) -> np.ndarray:
+        member = self.chunk_name(name, number)
+        # Two reads rather than one and a copy.
+        frame = self._member(member, self._size, slice(-_CHECKSUM_BYTES))
+        checksum = self._member(member, self._size, slice(-_CHECKSUM_BYTES, None))
         if google_crc32c.value(frame).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
             raise ValueError(f"the checksum of chunk {number} does not hold")
         expected = layout.records * layout.record_bytes
         if _content_bytes(frame) != expected:
             raise ValueError(f"chunk {number}: expected {expected} bytes, got {_content_bytes(frame)}")
-        chunk = layout.blank(layout.records)
+        chunk = layout.blank(layout.records, allocate)
         decompress(frame, chunk.transpose(layout.order))
         return chunk
 
-    def _member(self, name: str, limit: int) -> bytes:
-        """The bytes of a member. `pread` leaves alone the position that forked processes share."""
+    def _member(self, name: str, limit: int, part: slice = slice(None)) -> bytes:
+        """The bytes of a member, or a part of them. `pread` leaves alone the position that forked processes share."""
         member = self._members[name]
         if member.file_size > limit:
             raise ValueError(f"{name}: expected at most {limit:,} bytes, got {member.file_size:,}")
@@ -210,9 +218,10 @@ class Blocks:
         start = member.header_offset + _LOCAL_HEADER_BYTES + skip
         if start + member.file_size > self._size:
             raise ValueError(f"{name}: expected {member.file_size} bytes, but the file ends before")
-        content = os.pread(self._file.fileno(), member.file_size, start)
-        if len(content) != member.file_size:
-            raise ValueError(f"{name}: expected {member.file_size} bytes, got {len(content)}")
+        first, last, _ = part.indices(member.file_size)
+        content = os.pread(self._file.fileno(), last - first, start + first)
+        if len(content) != last - first:
+            raise ValueError(f"{name}: expected {last - first} bytes, got {len(content)}")
         return content
 
     def _check_directory_size(self) -> None:

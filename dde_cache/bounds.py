@@ -89,9 +89,9 @@ def _unsafe_sparse(
 ) -> list[str]:
     """As `unsafe`; index: unsigned positions; weight: `log8` differences (always safe), or weights."""
     problems = []
-    # Slots first, as they lie in memory.
-    flat = index.transpose(3, 0, 1, 2).reshape(index.shape[3], index.shape[0], -1)
-    if flat.size and (flat.max(axis=(0, 2)) >= keys).any():
+    # Slots before heads, as they lie in memory: no copy.
+    flat = index.transpose(0, 3, 1, 2).reshape(len(index), -1)
+    if flat.size and (flat.max(axis=1) >= keys).any():
         problems.append("expected key positions inside each record's tokens, got others")
     if weight.dtype.kind == "f" and _largest(weight) > 1:
         problems.append("expected weights from 0 to 1, got others")

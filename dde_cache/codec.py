@@ -247,13 +247,13 @@ def blank(like: Collection[EncodedAttention], pairs: int, queries: int, keys: in
     sparse = [one for one in like if isinstance(one, EncodedSparse)]
     heads, slots = first.index.shape[1], max(one.index.shape[3] for one in sparse)
     widest = max((one.index.dtype for one in sparse), key=lambda dtype: dtype.itemsize)
-    # Slots lie first in memory, as they do on disk.
-    index = torch.zeros(slots, pairs, heads, queries, dtype=widest)
-    weight = torch.zeros(slots, pairs, heads, queries, dtype=first.weight.dtype)
+    # Slots lie before heads in memory, as they do on disk.
+    index = torch.zeros(pairs, slots, heads, queries, dtype=widest)
+    weight = torch.zeros(pairs, slots, heads, queries, dtype=first.weight.dtype)
     if weight.dtype == torch.uint8:
-        weight[0] = EMPTY
+        weight[:, 0] = EMPTY
     tail = torch.zeros(pairs, heads, queries, dtype=first.tail.dtype)
-    return EncodedSparse(index.permute(1, 2, 3, 0), weight.permute(1, 2, 3, 0), tail)
+    return EncodedSparse(index.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1), tail)
 
 
 def fill(into: EncodedAttention, numbers: Sequence[int], held: EncodedAttention, rows: Sequence[int]) -> None:

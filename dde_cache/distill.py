@@ -12,12 +12,13 @@ from transformers import ViltConfig
 from dde_cache.attention import Attention, query_rows, sparsify
 from dde_cache.batches import Batch, pictures_of, tokens_of
 from dde_cache.fit import Losses
+from dde_cache.join import OnMissing
 from dde_cache.losses import Tail, attention_kl, label_loss, log_attention, soft_label_loss, weighted_mean
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import FitConfig
 from dde_cache.store import Cache
 from dde_cache.student import DualEncoderOutput
-from dde_cache.targets import OnMissing, decoded
+from dde_cache.targets import decoded
 from dde_cache.teacher import FusionTeacher
 
 

@@ -94,6 +94,22 @@ class Cache:
         Raises:
             CacheError: it is missing, damaged, or of another teacher.
         """
+        self.check(entry)
+        unit = Unit(self.unit_path(entry))
+        if unit.attributes.fingerprint != self.manifest.fingerprint:
+            unit.close()
+            raise CacheError(
+                f"unit {entry.name}: expected fingerprint {self.manifest.fingerprint[:12]}..., got "
+                f"{unit.attributes.fingerprint[:12]}...: it was made by another teacher or with other options"
+            )
+        return unit
+
+    def check(self, entry: UnitEntry) -> None:
+        """Compare a unit's bytes with the manifest, unless that was done before. Threads may do so at the same time.
+
+        Raises:
+            CacheError: it is missing or damaged.
+        """
         path = self.unit_path(entry)
         advice = "run `dde-cache extract` again with the same arguments to make it anew"
         if not is_plain_file(path):
@@ -107,14 +123,6 @@ class Cache:
                     f"delete it and {advice}"
                 )
             self._checked.add(entry.name)
-        unit = Unit(path)
-        if unit.attributes.fingerprint != self.manifest.fingerprint:
-            unit.close()
-            raise CacheError(
-                f"unit {entry.name}: expected fingerprint {self.manifest.fingerprint[:12]}..., got "
-                f"{unit.attributes.fingerprint[:12]}...: it was made by another teacher or with other options"
-            )
-        return unit
 
 
 class CacheWriter:

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -131,7 +132,10 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """The most recently used values within a budget of bytes; what was let go is made again when asked for."""
+    """The most recently used values within a budget of bytes; what was let go is made again when asked for.
+
+    Threads may ask at the same time; one value is made after the other.
+    """
 
     def __init__(self, make: Callable[[Key], Value], size: Callable[[Value], int], budget: int) -> None:
         self._make = make
@@ -139,16 +143,21 @@ class Recent(Generic[Key, Value]):
         self._budget = budget
         self._held: OrderedDict[Key, Value] = OrderedDict()
         self._bytes = 0
+        self._lock = Lock()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
 
     def __call__(self, key: Key) -> Value:
         """Return the value of `key`, made now or held since."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        value = self._make(key)
-        self._held[key] = value
-        self._bytes += self._size(value)
-        while self._bytes > self._budget and len(self._held) > 1:
-            _, gone = self._held.popitem(last=False)
-            self._bytes -= self._size(gone)
-        return value
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+            value = self._make(key)
+            self._held[key] = value
+            self._bytes += self._size(value)
+            while self._bytes > self._budget and len(self._held) > 1:
+                _, gone = self._held.popitem(last=False)
+                self._bytes -= self._size(gone)
+            return value

@@ -1,8 +1,10 @@
-"""Distillation targets of pairs, read from a cache and joined to shards by key."""
+"""Distillation targets of pairs, read from a cache by key."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,112 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dde_cache.attention import Attention
+from dde_cache.blocks import Allocate
+from dde_cache.chunks import Chunks, in_threads
 from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, part_names
-from dde_cache.errors import CacheError, bullet_list
+from dde_cache.errors import CacheError
+from dde_cache.join import join, units_by_source
+from dde_cache.layout import DIRECTIONS, PREDICTION_COLUMNS
 from dde_cache.samples import Sample, Shard
-from dde_cache.spec import UnitEntry
 from dde_cache.store import Cache
-from dde_cache.stream import CHUNK_PAIRS, Pair, PairTable, Recent
+from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
 from dde_cache.unit import Unit
 
-OnMissing = Literal["error", "skip"]
-
-CHUNK_BUDGET = 2**30
-"""Bytes of decompressed chunks that one worker keeps; a shuffle window of the default size fits for ViLT-B/32."""
-
-
-@dataclass(frozen=True)
-class Join:
-    """How shards and a cache fit: the pairs that have targets, and what is on one side only."""
-
-    table: PairTable
-    without_targets: tuple[str, ...]
-    without_samples: tuple[str, ...]
-
-
-def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
-    """Match shards with units by file name, and their samples by key.
-
-    A shard's targets may lie in several units of its file name, as merged caches have them: the key decides.
-
-    Args:
-        shards: samples to train on.
-        cache: where their targets are.
-        on_missing: `error` refuses samples without targets and targets without samples; `skip` leaves them out.
-
-    Raises:
-        CacheError: something is missing (`error`), or nothing fits at all.
-    """
-    entries = units_by_source(cache)
-    pairs: list[list[tuple[str, int]]] = []
-    no_targets: list[str] = []
-    no_samples = [
-        f"every key of unit {entry.name}"
-        for source, some in entries.items()
-        if source not in {shard.name for shard in shards}
-        for entry in some
-    ]
-    taken: set[str] = set()
-    homes: dict[str, dict[str, str]] = {}
-    lazy = cache.streams and on_missing == "error" and len({shard.name for shard in shards}) == len(shards)
-    for shard in shards:
-        texts = {sample.key: len(sample.texts) for sample in shard}
-        if shard.name not in homes:
-            some = entries.get(shard.name, [])
-            homes[shard.name] = _taken_on_trust(some, texts, lazy) or _keys_of(cache, some)
-        held = homes[shard.name]
-        if not held:
-            no_targets.append(f"every key of shard {shard.name} (the cache has no unit of it)")
-        else:
-            no_targets += [f"{key} in shard {shard.name}" for key in texts if key not in held]
-        taken |= held.keys() & texts.keys()
-        pairs.append([(key, slot) for key, count in texts.items() if key in held for slot in range(count)])
-    for held in homes.values():
-        no_samples += [f"{key} in unit {name}" for key, name in sorted(held.items()) if key not in taken]
-    found = Join(PairTable(pairs), tuple(no_targets), tuple(no_samples))
-    if not len(found.table):
-        raise CacheError(
-            f"{cache.name}: expected targets of these shards, but no key is on both sides: the cache was made from "
-            f"another data set, by the shards:{bullet_list(list(entries), 3)}\npass the cache of these shards, or "
-            "extract from them"
-        )
-    if on_missing == "error" and (no_targets or no_samples):
-        raise CacheError(
-            f"{cache.name}: shards and cache do not hold the same samples."
-            + (f"\nwithout targets ({len(no_targets)}):{bullet_list(no_targets)}" if no_targets else "")
-            + (f"\ntargets without samples ({len(no_samples)}):{bullet_list(no_samples)}" if no_samples else "")
-            + "\nrun `dde-cache extract` on these shards, or pass --on-missing skip to use what both have"
-        )
-    return found
-
-
-def units_by_source(cache: Cache) -> Mapping[str, Sequence[UnitEntry]]:
-    """The units of each shard's file name: one, or several where caches of shards of one name were merged."""
-    units: dict[str, list[UnitEntry]] = {}
-    for entry in cache.manifest.units:
-        units.setdefault(entry.source, []).append(entry)
-    return units
-
-
-def _taken_on_trust(entries: Sequence[UnitEntry], texts: Mapping[str, int], lazy: bool) -> dict[str, str] | None:
-    """The keys of a shard's only unit without opening it, or None where it has to be opened.
-
-    A cache behind a URL would be fetched whole before the first step: there, where nothing may be missing, a unit with
-    as many samples and pairs as its shard is taken to have the same keys, until it is opened and each is looked up.
-    """
-    if not lazy or len(entries) != 1 or (entries[0].samples, entries[0].pairs) != (len(texts), sum(texts.values())):
-        return None
-    return dict.fromkeys(texts, entries[0].name)
-
-
-def _keys_of(cache: Cache, entries: Sequence[UnitEntry]) -> dict[str, str]:
-    """Every key of some units, with the unit's name."""
-    keys: dict[str, str] = {}
-    for entry in entries:
-        unit = cache.unit(entry)
-        keys |= dict.fromkeys(unit.keys, entry.name)
-        unit.close()
-    return keys
+Batch = dict[str, Tensor]
+Table = Literal["first_record", "prediction"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +33,17 @@ class _OpenUnit:
 
     unit: Unit
     sample: Mapping[str, int]
-    first_record: Mapping[tuple[int, int], int]
-    prediction: Mapping[tuple[int, int], int]
+    first_record: Mapping[int, int]
+    prediction: Mapping[int, int]
+
+    def rows(self, table: Table, chunk: int) -> int:
+        """How many rows of a chunk an epoch takes."""
+        return self._counts[table].get(chunk, 0)
+
+    @cached_property
+    def _counts(self) -> Mapping[str, Mapping[int, int]]:
+        tables = {"first_record": self.first_record, "prediction": self.prediction}
+        return {name: Counter(row // CHUNK_PAIRS for row in table.values()) for name, table in tables.items()}
 
     def number(self, key: str) -> int:
         """Where a sample is in the unit."""
@@ -137,16 +55,12 @@ class _OpenUnit:
         return self.sample[key]
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A decompressed chunk of one table."""
+class _Place(NamedTuple):
+    """Where a chunk lies: unit, `t2i`, `i2t` or `logits`, and its number."""
 
-    maps: Mapping[str, EncodedAttention]
-    logits: Float[np.ndarray, "r c"]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(held.nbytes for held in self.maps.values()) + self.logits.nbytes
+    unit: str
+    table: str
+    chunk: int
 
 
 @dataclass(frozen=True)
@@ -157,6 +71,10 @@ class _Members:
     chunk: int
     numbers: list[int]
     rows: list[int]
+
+    def place(self, table: str) -> _Place:
+        """The chunk of these rows in one of the tables."""
+        return _Place(self.unit, table, self.chunk)
 
 
 class CacheTargets:
@@ -188,7 +106,7 @@ class CacheTargets:
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_units": None, "_chunks": None}
+        return self.__dict__ | {"_units": None, "_maps": None, "_logits": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -196,20 +114,20 @@ class CacheTargets:
 
     def _start(self) -> None:
         self._units = Recent(self._open_unit, lambda _unit: 1, self._cache.open_units)
-        self._chunks = Recent(self._read_chunk, lambda chunk: chunk.nbytes, CHUNK_BUDGET)
+        self._maps: Chunks[_Place, EncodedAttention] = Chunks(self._read_maps, self._rows("first_record"))
+        self._logits: Chunks[_Place, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
 
     def _open_unit(self, name: str) -> _OpenUnit:
         unit = self._cache.unit(self._entries[name])
-        records: dict[tuple[int, int], int] = {}
+        records: Mapping[int, int] = {}
         if self._attention:
             maps = unit.maps
             chosen = (maps.layer == self._layer) & (maps.image == 0) & (maps.view == 0) & (maps.passes == 0)
-            records = {(int(maps.sample[row]), int(maps.text[row])): int(row) for row in np.flatnonzero(chosen)}
-        predictions: dict[tuple[int, int], int] = {}
+            records = _row_of_text(maps.sample, maps.text, chosen)
+        predictions: Mapping[int, int] = {}
         if unit.has_logits:
-            columns = (unit.array(f"predictions/{name}").tolist() for name in ("sample", "text", "view", "pass"))
-            rows = enumerate(zip(*columns, strict=True))
-            predictions = {(sample, text): row for row, (sample, text, *first) in rows if first == [0, 0]}
+            sample, text, view, passes = (unit.array(f"predictions/{name}") for name in PREDICTION_COLUMNS)
+            predictions = _row_of_text(sample, text, (view == 0) & (passes == 0))
         samples = {key: number for number, key in enumerate(unit.keys)}
         return _OpenUnit(unit, samples, records, predictions)
 
@@ -243,21 +161,26 @@ class CacheTargets:
                 "--out) and extract again from these shards"
             )
 
-    def _read_chunk(self, place: tuple[str, str, int]) -> _Chunk:
-        name, table, chunk = place
-        rows = slice(chunk * CHUNK_PAIRS, (chunk + 1) * CHUNK_PAIRS)
-        unit = self._units(name).unit
-        if table == "logits":
-            return _Chunk({}, unit.logits(rows))
-        return _Chunk({table: unit.attention(table, rows)}, np.empty((0, 0), np.float32))
+    def _read_maps(self, place: _Place, allocate: Allocate) -> EncodedAttention:
+        return self._units(place.unit).unit.attention(place.table, _rows_of(place), allocate)
 
-    def _members(self, pairs: Sequence[Pair], table: Literal["first_record", "prediction"]) -> Sequence[_Members]:
+    def _read_logits(self, place: _Place, allocate: Allocate) -> np.ndarray:
+        return self._units(place.unit).unit.logits(_rows_of(place), allocate)
+
+    def _rows(self, table: Table) -> Callable[[_Place], int]:
+        return lambda place: self._units(place.unit).rows(table, place.chunk)
+
+    def _members(self, pairs: Sequence[Pair], table: Table) -> Sequence[_Members]:
         """Group pairs by the chunk in which their rows of a table lie."""
         members: dict[tuple[str, int], _Members] = {}
+        opened: dict[str, tuple[_OpenUnit, Mapping[int, int]]] = {}
         for number, pair in enumerate(pairs):
             name = self._home(pair.shard, pair.key)
-            unit = self._units(name)
-            row = getattr(unit, table).get((unit.number(pair.key), pair.text))
+            if name not in opened:
+                held = self._units(name)
+                opened[name] = held, getattr(held, table)
+            unit, rows = opened[name]
+            row = rows.get(_text_number(unit.number(pair.key), pair.text))
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
@@ -270,7 +193,7 @@ class CacheTargets:
             members[place].rows.append(row % CHUNK_PAIRS)
         return list(members.values())
 
-    def targets(self, pairs: Sequence[Pair]) -> Mapping[str, Tensor]:
+    def targets(self, pairs: Sequence[Pair]) -> Batch:
         """Read the targets of a batch, still encoded; one row a pair.
 
         Returns:
@@ -282,14 +205,25 @@ class CacheTargets:
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
         """
+        named = {name for pair in pairs for name in self._names[pair.shard]}
+        if not self._cache.streams:
+            # Most of a unit's opening is its hash. What is behind a URL is fetched one by one, when it is opened.
+            in_threads(self._cache.check, [self._entries[name] for name in named if name not in self._units])
         batch: dict[str, Tensor] = {}
         if self._cache.spec.classes is not None:
-            logits = np.empty((len(pairs), self._cache.spec.classes), np.float32)
-            for some in self._members(pairs, "prediction"):
-                logits[some.numbers] = self._chunks((some.unit, "logits", some.chunk)).logits[some.rows]
-            batch["logits"] = torch.from_numpy(logits)
-        if not self._attention:
-            return batch
+            batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
+        return batch | (self._gather_maps(pairs) if self._attention else {})
+
+    def _gather_logits(self, pairs: Sequence[Pair], classes: int) -> Float[np.ndarray, "b c"]:
+        wanted = {some.place("logits"): some for some in self._members(pairs, "prediction")}
+        logits = np.empty((len(pairs), classes), np.float32)
+        for place, chunk in self._logits.load(wanted).items():
+            logits[wanted[place].numbers] = chunk[wanted[place].rows]
+        self._logits.taken({place: len(some.rows) for place, some in wanted.items()})
+        return logits
+
+    def _gather_maps(self, pairs: Sequence[Pair]) -> Batch:
+        """Tokens, grids and both directions of a batch."""
         members = self._members(pairs, "first_record")
         text, grid = np.empty(len(pairs), np.int64), np.empty((len(pairs), 2), np.int64)
         ids = np.zeros((len(pairs), self._cache.spec.text_length), np.int64)
@@ -298,24 +232,37 @@ class CacheTargets:
             rows = some.chunk * CHUNK_PAIRS + np.array(some.rows)
             text[some.numbers], grid[some.numbers] = columns.text_tokens[rows], columns.grid[rows]
             ids[some.numbers, : columns.token_ids.shape[1]] = columns.token_ids[rows]
-        batch |= {"token_ids": torch.from_numpy(ids[:, : text.max()]), "grid": torch.from_numpy(grid)}
+        batch = {"token_ids": torch.from_numpy(ids[:, : text.max()]), "grid": torch.from_numpy(grid)}
         every = self._padded_queries
         texts = self._cache.spec.text_length if every else int(text.max())
         images = int(grid.prod(-1).max()) + 1
+        wanted = {some.place(direction): some for direction in DIRECTIONS for some in members}
+        chunks = self._maps.load(wanted)
         for direction, queries, keys in (("t2i", texts, images), ("i2t", images + int(every), texts)):
-            encoded = self._gather(members, len(pairs), direction, queries, keys)
-            batch |= {f"{direction}.{name}": part for name, part in encoded.parts.items()}
+            held = [chunks[some.place(direction)] for some in members]
+            # Copied record by record, cut or padded to so many rows and, where every key is kept, keys.
+            gathered = blank(held, len(pairs), queries, keys)
+            for some, chunk in zip(members, held, strict=True):
+                fill(gathered, some.numbers, chunk, some.rows)
+            batch |= {f"{direction}.{name}": part for name, part in gathered.parts.items()}
+        self._maps.taken({place: len(some.rows) for place, some in wanted.items()})
         return batch
 
-    def _gather(
-        self, members: Sequence[_Members], pairs: int, direction: str, queries: int, keys: int
-    ) -> EncodedAttention:
-        """Collect records from their chunks, cut or padded to so many rows and, where every key is kept, keys."""
-        chunks = [self._chunks((some.unit, direction, some.chunk)).maps[direction] for some in members]
-        gathered = blank(chunks, pairs, queries, keys)
-        for some, chunk in zip(members, chunks, strict=True):
-            fill(gathered, some.numbers, chunk, some.rows)
-        return gathered
+
+def _row_of_text(sample: np.ndarray, text: np.ndarray, chosen: np.ndarray) -> Mapping[int, int]:
+    """The row of each text among those that are chosen, by `_text_number`."""
+    rows = np.flatnonzero(chosen)
+    numbers = _text_number(sample[rows].astype(np.int64), text[rows].astype(np.int64))
+    return dict(zip(numbers.tolist(), rows.tolist(), strict=True))
+
+
+def _text_number(sample: Any, text: Any) -> Any:
+    """One number for sample and text slot (16 bits), of integers or arrays: half a million tuples are slow to keep."""
+    return sample << 16 | text
+
+
+def _rows_of(place: _Place) -> slice:
+    return slice(place.chunk * CHUNK_PAIRS, (place.chunk + 1) * CHUNK_PAIRS)
 
 
 def decoded(batch: Mapping[str, Tensor], direction: str, steps: int | None) -> Attention:

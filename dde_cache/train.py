@@ -26,6 +26,7 @@ from dde_cache.distill import (
 )
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.fit import Fit, FitResult, Progress
+from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import open_run
 from dde_cache.samples import Shard
@@ -34,7 +35,7 @@ from dde_cache.spec import Model, hash_json
 from dde_cache.store import MANIFEST, Cache, write_text
 from dde_cache.stream import BatchOrder, PairTable
 from dde_cache.student import DualEncoder, new_student, student_from_vilt
-from dde_cache.targets import CacheTargets, join
+from dde_cache.targets import CacheTargets
 from dde_cache.teacher import read_config, resolve
 
 MODEL = "model"

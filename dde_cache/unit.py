@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from dde_cache.arrays import MapColumns as MapColumns
 from dde_cache.arrays import UnitArrays as UnitArrays
 from dde_cache.arrays import unit_members
-from dde_cache.blocks import Blocks
+from dde_cache.blocks import Allocate, Blocks
 from dde_cache.bounds import unsafe
 from dde_cache.codec import EncodedAttention, from_numpy, part_names
 from dde_cache.errors import CacheError, bullet_list
@@ -152,14 +152,14 @@ class Unit:
         """The members of the file."""
         return self._blocks
 
-    def array(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Read rows of an array, for example `maps/t2i/index`.
+    def array(self, name: str, rows: slice = slice(None), allocate: Allocate | None = None) -> np.ndarray:
+        """Read rows of an array, for example `maps/t2i/index`, into memory of `allocate` where it is given.
 
         Raises:
             CacheError: it is missing, or a checksum does not hold.
         """
         try:
-            return self._blocks.read(name, rows)
+            return self._blocks.read(name, rows, allocate)
         except _DAMAGE as error:
             raise self._damaged(name, error) from error
 
@@ -232,14 +232,16 @@ class Unit:
         """Whether there is a predictions table."""
         return "predictions" in self.attributes.groups
 
-    def attention(self, direction: str, rows: slice = slice(None)) -> EncodedAttention:
-        """Encoded `t2i` or `i2t` attention of some records.
+    def attention(
+        self, direction: str, rows: slice = slice(None), allocate: Allocate | None = None
+    ) -> EncodedAttention:
+        """Encoded `t2i` or `i2t` attention of some records, in memory of `allocate` where it is given.
 
         Raises:
             CacheError: a checksum does not hold, or a number is outside its bounds.
         """
         spec = self.attributes.spec
-        parts = self.parts(direction, rows)
+        parts = self.parts(direction, rows, allocate)
         filled, keys = self.filled(direction)
         problems = unsafe(parts, filled[rows], keys[rows], spec)
         if problems:
@@ -250,14 +252,16 @@ class Unit:
         }
         return from_numpy({**parts, **wide}, spec.steps)
 
-    def parts(self, direction: str, rows: slice = slice(None)) -> Mapping[str, np.ndarray]:
+    def parts(
+        self, direction: str, rows: slice = slice(None), allocate: Allocate | None = None
+    ) -> Mapping[str, np.ndarray]:
         """The arrays of one direction as they are on disk, by name, unchecked.
 
         Raises:
             CacheError: a checksum does not hold.
         """
         names = part_names(self.attributes.spec.steps)
-        return {name: self.array(f"maps/{direction}/{name}", rows) for name in names}
+        return {name: self.array(f"maps/{direction}/{name}", rows, allocate) for name in names}
 
     def filled(self, direction: str) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " r"]]:
         """How many query rows of each record are filled, and how many keys they have."""
@@ -267,13 +271,13 @@ class Unit:
             return rows, maps.image_tokens
         return maps.image_tokens + int(spec.queries == "all"), maps.text_tokens
 
-    def logits(self, rows: slice = slice(None)) -> Float[np.ndarray, "p c"]:
-        """The teacher's logits of some predictions.
+    def logits(self, rows: slice = slice(None), allocate: Allocate | None = None) -> Float[np.ndarray, "p c"]:
+        """The teacher's logits of some predictions, in memory of `allocate` where it is given.
 
         Raises:
             CacheError: a checksum does not hold, or a logit is not finite.
         """
-        logits = self.array("predictions/logits", rows)
+        logits = self.array("predictions/logits", rows, allocate)
         if not np.isfinite(logits).all():
             raise self._damaged("predictions/logits", "expected finite numbers, got others")
         return logits

@@ -11,10 +11,11 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
     "errors", "spec", "configs", "attention", "blocks", "codec", "bounds", "images", "tars", "samples", "stream",
-    "layout", "arrays", "unit", "audit", "preprocess", "assets", "manifest", "store", "card", "network", "remote",
-    "fetch", "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student",
-    "losses", "targets", "batches", "records", "scores", "runs", "interrupt", "fit", "distill", "teach", "identity",
-    "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "train", "evaluate", "demo",
+    "chunks", "layout", "arrays", "unit", "audit", "preprocess", "assets", "manifest", "store", "card", "network",
+    "remote", "fetch", "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher",
+    "student", "losses", "join", "targets", "batches", "records", "scores", "runs", "interrupt", "fit", "distill",
+    "teach", "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "train",
+    "evaluate", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 

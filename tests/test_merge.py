@@ -11,10 +11,11 @@ import torch
 from pipeline import Child, all_pairs, cli, killed_in, make_cache, make_samples, make_shards, tree
 
 from dde_cache.errors import CacheError, InputError
+from dde_cache.join import join
 from dde_cache.merge import merge
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
-from dde_cache.targets import CacheTargets, join
+from dde_cache.targets import CacheTargets
 
 COMMON = ("000000.zarr.zip", "000001.zarr.zip", "000002.zarr.zip", "000003.zarr.zip")
 

@@ -13,10 +13,11 @@ from servers import FileServer, copy_of
 
 from dde_cache import network, remote
 from dde_cache.errors import CacheError, InputError
+from dde_cache.join import join
 from dde_cache.store import Cache
 from dde_cache.streamed import default_cache_dir, open_cache, parse_size
 from dde_cache.summary import summarise
-from dde_cache.targets import CacheTargets, join
+from dde_cache.targets import CacheTargets
 
 FIT = ("--steps", 6, "--batch-size", 8, "--set", "shuffle_shards=2", "--set", "log_every=1")
 
