@@ -1,17 +1,17 @@
 """How small the maps of a trained teacher become, and what that costs the loss.
 
-Measured, for each rule: bytes a pair of both maps in zstd blocks of 256 records (logits and keys beside it, the same
-for all); kept mass; the largest relative error of the attention loss, and the smallest cosine of its gradient with
-respect to the last block's queries and keys, over three students of one run (initial, middle, final); rates of encoding
-and decoding in one thread. The truth is the dense loss on the teacher's float32 maps.
+Measured, for each rule: bytes a pair of both maps in zstd blocks of 256 records (those of logits and keys in columns of
+their own, the same for all); kept mass; the largest relative error of the attention loss, and the smallest cosine of
+its gradient with respect to the last block's queries and keys, over three students of one run (initial, middle, final);
+rates of encoding and decoding in one thread. The truth is the dense loss on the teacher's float32 maps.
 
 Teacher: the sample teacher, fine-tuned on pictures of 10 x 10 cells (101 image tokens) with `dde-cache teacher train`,
 unless `--teacher` names one. A rule with k of half the mean valid keys or more says nothing about sparseness and is
 marked "not evidence".
 
-Limit: the entropy of the codes of every valid entry, each head by itself, after steps even in log w that are as fine as
-the loss error of 1 % wants. No code of single entries with such steps is smaller; other steps, or codes that look at
-neighbours, can be.
+Limit: the entropy of the codes of every valid entry, each head by itself, after steps even in log w, and after steps
+even in sqrt(w), that are as fine as the loss error of 1 % wants. No code of single entries with such steps is smaller;
+other steps, or codes that look at neighbours, can be.
 
     python benchmarks/compression.py --plot docs/compression.svg
 """
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ from dde_cache.losses import dense_kl, log_attention, sparse_kl, weighted_mean
 from dde_cache.samples import Shard, open_shards, write_shards
 from dde_cache.spec import Weights
 from dde_cache.store import Cache
-from dde_cache.stream import CHUNK_PAIRS, BatchOrder, PairTable, Shuffle
+from dde_cache.stream import CHUNK_PAIRS, BatchOrder, Shuffle
 from dde_cache.student import DualEncoder, new_student
 from dde_cache.targets import CacheTargets
 from dde_cache.train import labels_only
@@ -125,10 +126,10 @@ def sparse_rule(name: str, weights: Weights, k: int | None, mass: float | None =
     def rows(parts: Sequence[Tensor], _keys: int) -> Rows:
         return decode(EncodedSparse(parts[0], parts[1], parts[2]))
 
-    def slots_first(values: np.ndarray) -> bytes:
-        return zstd(LEVEL)(values.transpose(3, 0, 1, 2) if values.ndim == 4 else values)
+    def slots_before_heads(values: np.ndarray) -> bytes:
+        return zstd(LEVEL)(values.transpose(0, 3, 1, 2) if values.ndim == 4 else values)
 
-    return Rule(name, stored, rows, slots_first, k if mass is None else None)
+    return Rule(name, stored, rows, slots_before_heads, k if mass is None else None)
 
 
 def dense_rule(steps: int, level: int = LEVEL) -> Rule:
@@ -207,9 +208,10 @@ RULES: Sequence[Rule] = (
     sparse_rule("log8, 0.9 of the mass, at most 32", "log8", 32, 0.9),
     sparse_rule("log8, 0.98 of the mass, at most 32", "log8", 32, 0.98),
     sparse_rule("log8, all keys", "log8", None),
-    *(dense_rule(steps) for steps in (16, 24, 32, 40, 48, 64, 96)),
+    *(dense_rule(steps) for steps in (16, 24, 32, 40, 48, 56, 64, 96)),
     dense_rule(40, 3),
     dense_rule(40, 19),
+    dense_rule(56, 19),
 )
 
 
@@ -264,10 +266,9 @@ def measure(truth: Truth, rule: Rule, exact: Sequence[tuple[float, Tensor]]) -> 
     )
 
 
-def entropy_bound(truth: Truth, exact: Sequence[tuple[float, Tensor]]) -> tuple[float, float]:
-    """Bytes a pair and loss error of the coarsest steps even in log w with a loss error of at most 1 %."""
-    for steps in (1, 1.5, 2, 2.25, 2.5, 3, 4, 6, 8):
-        rule = log_rule(steps)
+def entropy_bound(truth: Truth, exact: Sequence[tuple[float, Tensor]], rules: Sequence[Rule]) -> tuple[float, float]:
+    """Bytes a pair, by entropy, and loss error of the first of some rules with a loss error of at most 1 %."""
+    for rule in rules:
         row = measure(truth, rule, exact)
         if row.loss_error <= 0.01:
             break
@@ -334,8 +335,19 @@ def observe(teacher: str, shards: Sequence[Shard], folder: Path, pairs: int, ste
     with torch.no_grad():
         image = student_output(student, batch).image.mask
     dense = {"t2i": densify(maps["t2i"], image.shape[1]), "i2t": densify(maps["i2t"], text.shape[1])}
-    keys = sum(len(key.encode()) for shard in shards for key in shard.keys) / max(len(PairTable.of(shards)), 1)
-    return Truth(dense, text, image, moments, logit_bytes=4 * len(like.labels), key_bytes=keys)
+    stored = {name: member_bytes(cache, name) for name in ("predictions/", "samples/key")}
+    return Truth(dense, text, image, moments, stored["predictions/"], stored["samples/key"])
+
+
+def member_bytes(cache: Cache, name: str) -> float:
+    """Bytes a pair of the chunks of some arrays, as they are stored."""
+    pairs = sum(entry.pairs for entry in cache.manifest.units)
+    total = 0
+    for entry in cache.manifest.units:
+        with zipfile.ZipFile(cache.unit_path(entry)) as archive:
+            members = archive.infolist()
+        total += sum(one.file_size for one in members if one.filename.startswith(name) and "/c/" in one.filename)
+    return total / pairs
 
 
 @torch.no_grad()
@@ -345,25 +357,37 @@ def _queries_keys(student: DualEncoder, batch: Mapping[str, Tensor]) -> list[Ten
     return [part for side in sides for part in (side.query, side.key)]
 
 
-def show(truth: Truth, rows: Sequence[Row], bound: tuple[float, float]) -> None:
+def show(truth: Truth, rows: Sequence[Row], bounds: Mapping[str, tuple[float, float]]) -> None:
     """Print the table."""
     dense = 2 * truth.entries / truth.pairs
-    print("| rule | maps, bytes a pair | dense float16 / it | kept | loss error | cosine | encode | decode, pairs/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = (
+        "rule", "maps, bytes a pair", "logits", "keys", "dense float16 / maps", "kept", "loss error", "cosine",
+        "encode, pairs/s", "decode",
+    )  # fmt: skip
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for row in rows:
+        cells = (
+            f"{row.name}{'' if row.evidence else ' (not evidence)'}",
+            f"{row.bytes_a_pair:,.0f}",
+            f"{truth.logit_bytes:.1f}",
+            f"{truth.key_bytes:.1f}",
+            f"{dense / row.bytes_a_pair:.2f}",
+            f"{row.kept:.3f}",
+            f"{row.loss_error:.2%}",
+            f"{row.cosine:.5f}",
+            f"{row.encode_rate:,.0f}",
+            f"{row.decode_rate:,.0f}",
+        )
+        print(f"| {' | '.join(cells)} |")
+    for steps, (bound, error) in bounds.items():
         print(
-            f"| {row.name}{'' if row.evidence else ' (not evidence)'} | {row.bytes_a_pair:,.0f} | "
-            f"{dense / row.bytes_a_pair:.2f} | {row.kept:.3f} | {row.loss_error:.2%} | {row.cosine:.5f} | "
-            f"{row.encode_rate:,.0f} | {row.decode_rate:,.0f} |"
+            f"limit: {dense / bound:.2f} ({8 * bound * truth.pairs / truth.entries:.2f} bits an entry) is the entropy "
+            f"of steps even in {steps} at a loss error of {error:.2%}"
         )
     print(
-        f"limit: {dense / bound[0]:.2f} ({8 * bound[0] * truth.pairs / truth.entries:.2f} bits an entry) is the "
-        f"entropy of steps even in log w at a loss error of {bound[1]:.2%}"
-    )
-    print(
         f"  dense float16: {dense:,.0f} bytes a pair of {truth.text.sum(-1).float().mean():.1f} text and "
-        f"{truth.image.sum(-1).float().mean():.0f} image tokens; {truth.pairs:,} pairs; beside the maps "
-        f"{truth.logit_bytes:.0f} bytes of logits and {truth.key_bytes:.0f} of keys a pair, before compression"
+        f"{truth.image.sum(-1).float().mean():.0f} image tokens; {truth.pairs:,} pairs"
     )
 
 
@@ -390,9 +414,14 @@ def plot(truth: Truth, rows: Sequence[Row], path: Path) -> None:
         axes.plot(
             [dense / row.bytes_a_pair for row in mine], [100 * row.loss_error for row in mine], marker, label=label
         )
-        for row in mine:
+        for number, row in enumerate(mine):
+            # Above and below by turns: neighbours would write over each other.
             axes.annotate(
-                row.name.removeprefix(f"{family}, "), (dense / row.bytes_a_pair, 100 * row.loss_error), fontsize=6
+                row.name.removeprefix(f"{family}, ").removesuffix(f", zstd {LEVEL}"),
+                (dense / row.bytes_a_pair, 100 * row.loss_error),
+                xytext=(4, 5 if number % 2 else -9),
+                textcoords="offset points",
+                fontsize=6,
             )
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set(xlabel="dense float16 / stored", ylabel="error of the attention loss, %", yscale="log")
@@ -420,7 +449,11 @@ def main() -> None:
         )  # fmt: skip
     exact = [losses(truth, truth.maps, student) for student in truth.students]
     rows = [measure(truth, rule, exact) for rule in RULES]
-    show(truth, rows, entropy_bound(truth, exact))
+    bounds = {
+        "log w": entropy_bound(truth, exact, [log_rule(steps) for steps in (1, 1.5, 2, 2.25, 2.5, 3, 4, 6, 8)]),
+        "sqrt(w)": entropy_bound(truth, exact, [dense_rule(steps) for steps in (32, 40, 48, 56, 64, 80, 96)]),
+    }
+    show(truth, rows, bounds)
     if given.plot is not None:
         plot(truth, rows, given.plot)
     print_machine()

@@ -28,7 +28,16 @@ from dde_cache.attention import SparseAttention, sparsify
 from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense
 from dde_cache.identity import STEPS
 from dde_cache.samples import Shard
-from dde_cache.spec import Group, Provenance, TargetSpec, TeacherIdentity, UnitAttributes, UnitEntry, Weights
+from dde_cache.spec import (
+    FORMAT_VERSION,
+    Group,
+    Provenance,
+    TargetSpec,
+    TeacherIdentity,
+    UnitAttributes,
+    Weights,
+    hash_keys,
+)
 from dde_cache.store import Cache, CacheWriter
 from dde_cache.stream import CHUNK_PAIRS, BatchOrder, PairTable, Shuffle
 from dde_cache.targets import CacheTargets
@@ -90,6 +99,13 @@ def write_cache(folder: Path, units: int, records: int, classes: int, weights: W
         weights=weights,
         dtype="float32",
         classes=classes,
+        rule="block-softmax, cls first, row-major patches",
+        view="as-processed",
+        views=1,
+        passes=("matched",),
+        images=1,
+        mass=None,
+        groups={},
     )
     writer = CacheWriter(folder / "cache", spec, assets)
     random = np.random.default_rng(0)
@@ -131,20 +147,20 @@ def write_cache(folder: Path, units: int, records: int, classes: int, weights: W
             logits=random.normal(size=(records, classes)).astype(np.float32),
         )
         attributes = UnitAttributes(
+            format_version=FORMAT_VERSION,
             spec=spec,
             fingerprint=spec.fingerprint,
             assets=dict(writer.assets),
             source=f"{name}.tar",
             samples=records,
             pairs=records,
+            keys=hash_keys(arrays.keys),
             groups={group: Group(required=True) for group in ("samples", "maps", "predictions")},
             provenance=Provenance(),
         )
         file = f"{name}.zarr.zip"
         size, digest = write_unit(writer.unit_path(file), arrays, attributes)
-        writer.add(
-            UnitEntry(name=file, source=attributes.source, samples=records, pairs=records, size=size, sha256=digest)
-        )
+        writer.add(attributes.entry(file, size, digest))
     writer.close()
     return Cache(folder / "cache")
 

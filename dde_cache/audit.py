@@ -13,6 +13,7 @@ import numpy as np
 from dde_cache.bounds import inconsistent, unsafe
 from dde_cache.errors import CacheError
 from dde_cache.layout import DIRECTIONS, array_names
+from dde_cache.spec import hash_keys
 from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import MapColumns, Unit
 
@@ -122,6 +123,8 @@ def _is_group(unit: Unit, folder: str) -> bool:
 
 def _samples(unit: Unit) -> Iterator[Problem]:
     keys = unit.keys
+    if hash_keys(keys) != unit.attributes.keys:
+        yield Problem("keys", "they do not have the hash that the attributes say")
     if len(set(keys)) != len(keys):
         seen: set[str] = set()
         twice = [key for key in keys if key in seen or seen.add(key)]  # type: ignore[func-returns-value]

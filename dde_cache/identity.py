@@ -108,6 +108,10 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
             tokenizer=hash_json(json.loads(processor.tokenizer.backend_tokenizer.to_str())),
             processor=hash_json(json.loads(processor.image_processor.to_json_string())),
         ),
+        rule="block-softmax, cls first, row-major patches",
+        view="as-processed",
+        views=1,
+        passes=("matched",),
         images=teacher.images,
         layers=tuple(sorted(layers)),
         teacher_layers=teacher.layers,
@@ -122,6 +126,7 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         steps=config.steps,
         dtype=config.dtype,
         classes=None if teacher.labels is None else len(teacher.labels),
+        groups={},
     )
 
 

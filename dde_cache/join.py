@@ -6,7 +6,7 @@ from typing import Literal
 
 from dde_cache.errors import CacheError, bullet_list
 from dde_cache.samples import Shard
-from dde_cache.spec import UnitEntry
+from dde_cache.spec import UnitEntry, hash_keys
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
 
@@ -46,12 +46,11 @@ def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
     ]
     taken: set[str] = set()
     homes: dict[str, dict[str, str]] = {}
-    lazy = cache.streams and on_missing == "error" and len({shard.name for shard in shards}) == len(shards)
     for shard in shards:
         texts = {sample.key: len(sample.texts) for sample in shard}
         if shard.name not in homes:
             some = entries.get(shard.name, [])
-            homes[shard.name] = _taken_on_trust(some, texts, lazy) or _keys_of(cache, some)
+            homes[shard.name] = _known(cache, some, texts) or _keys_of(cache, some)
         held = homes[shard.name]
         if not held:
             no_targets.append(f"every key of shard {shard.name} (the cache has no unit of it)")
@@ -86,13 +85,13 @@ def units_by_source(cache: Cache) -> Mapping[str, Sequence[UnitEntry]]:
     return units
 
 
-def _taken_on_trust(entries: Sequence[UnitEntry], texts: Mapping[str, int], lazy: bool) -> dict[str, str] | None:
-    """The keys of a shard's only unit without opening it, or None where it has to be opened.
+def _known(cache: Cache, entries: Sequence[UnitEntry], texts: Mapping[str, int]) -> dict[str, str] | None:
+    """The keys of a shard's only unit by their hash in the manifest, or None where the unit has to be opened.
 
-    A cache behind a URL would be fetched whole before the first step: there, where nothing may be missing, a unit with
-    as many samples and pairs as its shard is taken to have the same keys, until it is opened and each is looked up.
+    A cache behind a URL would otherwise be fetched whole before the first step. Units at hand are opened, so that a
+    damaged one stops a run before it begins.
     """
-    if not lazy or len(entries) != 1 or (entries[0].samples, entries[0].pairs) != (len(texts), sum(texts.values())):
+    if not cache.streams or len(entries) != 1 or entries[0].keys != hash_keys(texts):
         return None
     return dict.fromkeys(texts, entries[0].name)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dde_cache.assets import ASSETS, is_plain_file
-from dde_cache.errors import CacheError
+from dde_cache.errors import CacheError, bullet_list
 from dde_cache.spec import FORMAT_VERSION, MAX_JSON, Manifest, hash_json, indented_json, parse_json
 from dde_cache.unit import partial_path, place
 
@@ -83,7 +83,12 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         own = hash_json({name: value for name, value in content.items() if name != "sha256"})
         manifest = Manifest.model_validate(content)
         fingerprint = hash_json(content["spec"])
-    except (ValueError, ValidationError, RecursionError) as error:
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in error.errors()]
+        raise CacheError(
+            f"{where}: cannot be read, its fields are not those of format version {FORMAT_VERSION}:{bullet_list(wrong)}"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from error
     if own != manifest.sha256:
         raise CacheError(f"{where}: its content does not match its own SHA-256; it was changed or damaged")

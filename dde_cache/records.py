@@ -12,7 +12,7 @@ from dde_cache.batches import Batch, pictures_of, to_device, tokens_of
 from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense, from_parts, steps_of
 from dde_cache.errors import InputError, TeacherError
 from dde_cache.samples import Sample
-from dde_cache.spec import Group, Provenance, TargetSpec, UnitAttributes
+from dde_cache.spec import FORMAT_VERSION, Group, Provenance, TargetSpec, UnitAttributes, hash_keys
 from dde_cache.teacher import FusionTeacher
 from dde_cache.unit import MapColumns, UnitArrays
 from dde_cache.vilt import image_tokens, token_mask
@@ -212,12 +212,14 @@ def unit_attributes(
     """
     groups = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
     return UnitAttributes(
+        format_version=FORMAT_VERSION,
         spec=spec,
         fingerprint=spec.fingerprint,
         assets=dict(assets),
         source=source,
         samples=len(arrays.keys),
         pairs=len(arrays.prediction_text),
+        keys=hash_keys(arrays.keys),
         groups={name: Group(required=True) for name, there in groups.items() if there},
         provenance=provenance,
     )

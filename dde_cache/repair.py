@@ -22,7 +22,7 @@ from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.extract import ExtractProgress, extract
 from dde_cache.identity import config_of, save_assets
 from dde_cache.samples import Shard
-from dde_cache.spec import Manifest, Model, Provenance, UnitAttributes, UnitEntry, difference
+from dde_cache.spec import FORMAT_VERSION, Manifest, Model, Provenance, UnitAttributes, UnitEntry, difference
 from dde_cache.store import UNITS, read_manifest, write_manifest
 from dde_cache.teacher import FusionTeacher
 from dde_cache.unit import SUFFIX, Unit, hash_file
@@ -200,7 +200,9 @@ def _manifest_of_units(folder: Path, reason: str) -> Manifest:
             f"{bullet_list(difference(first.spec, other.spec), 20)}\nmove those of one kind elsewhere"
         )
     [attributes] = found.values()
-    base = Manifest(spec=attributes.spec, fingerprint=attributes.fingerprint, assets=assets[0])
+    base = Manifest(
+        format_version=FORMAT_VERSION, spec=attributes.spec, fingerprint=attributes.fingerprint, assets=assets[0]
+    )
     for one in assets:
         candidate = base.model_copy(update={"assets": one})
         if not asset_problems(folder, candidate):

@@ -8,7 +8,7 @@ agree in it to be used together. The **content hash** of each sample ties its ta
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -52,21 +52,21 @@ class TeacherIdentity(Model):
 
 
 class TargetSpec(Model):
-    """What the numbers in a cache mean. Its fingerprint must match for caches to merge and for training to use them."""
+    """What the numbers in a cache mean. Its fingerprint must match for caches to merge and for training to use them.
+
+    No field has a default: what a file leaves out is not known, and is refused.
+    """
 
     teacher: TeacherIdentity
-    rule: Literal["block-softmax, cls first, row-major patches"] = "block-softmax, cls first, row-major patches"
-    view: Line = Field(
-        default="as-processed", min_length=1, description="recipe of the views, with its version; as-processed: none"
-    )
-    views: int = Field(default=1, ge=1, lt=2**16, description="views of each sample, numbered from 0")
+    rule: Literal["block-softmax, cls first, row-major patches"]
+    view: Line = Field(min_length=1, description="recipe of the views, with its version; as-processed: none")
+    views: int = Field(ge=1, lt=2**16, description="views of each sample, numbered from 0")
     passes: tuple[Line, ...] = Field(
-        default=("matched",),
         min_length=1,
         max_length=2**8,
         description="recipe of each pass, by number; matched: text and picture as the shard pairs them",
     )
-    images: int = Field(default=1, ge=1, le=2, description="images that the teacher reads for one logit vector")
+    images: int = Field(ge=1, le=2, description="images that the teacher reads for one logit vector")
     layers: tuple[int, ...] = Field(description="0-based blocks of the teacher; empty: no maps")
     teacher_layers: int = Field(ge=1, le=2**12)
     teacher_heads: int = Field(ge=1, le=2**12)
@@ -76,22 +76,19 @@ class TargetSpec(Model):
         ge=1, lt=2**16, description="tokens to which texts are cut (and padded, where queries is all)"
     )
     patch_size: int = Field(ge=1, lt=2**16, description="pixels")
-    k: int | None = Field(default=None, ge=1, description="most kept keys a row; null: all")
+    k: int | None = Field(ge=1, description="most kept keys a row; null: all")
     mass: float | None = Field(
-        default=None,
         gt=0,
         le=1,
         description="a row keeps no more of the k keys than it needs for this mass; null: all k",
     )
     weights: Weights = Field(description="sqrt8: every key; the others: the strongest keys and the mass of the rest")
     steps: int | None = Field(
-        default=None, ge=1, le=254, description="of sqrt8: levels of the square root of a weight; null for the others"
+        ge=1, le=254, description="of sqrt8: levels of the square root of a weight; null for the others"
     )
     dtype: Dtype = Field(description="in which the teacher ran; the softmax is in float32 always")
     classes: int | None = Field(ge=1, le=2**24, description="width of the logits, or null without predictions")
-    groups: dict[Line, dict[str, Any]] = Field(
-        default_factory=dict, description="what further groups of the units mean: name -> parameters"
-    )
+    groups: dict[Line, dict[str, Any]] = Field(description="what further groups of the units mean: name -> parameters")
 
     @model_validator(mode="after")
     def _check_codec(self) -> "TargetSpec":
@@ -142,6 +139,7 @@ class UnitEntry(Model):
     source: Line
     samples: int = Field(ge=0)
     pairs: int = Field(ge=0)
+    keys: Sha256 = Field(description="of the sample keys: see `hash_keys`")
     size: int = Field(ge=0, description="bytes")
     sha256: Sha256
 
@@ -149,27 +147,27 @@ class UnitEntry(Model):
 class UnitAttributes(Model):
     """Attributes of a unit's root group."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1]
     spec: TargetSpec = Field(description="what the numbers mean; the manifest can be made again from it")
     fingerprint: Sha256
     assets: dict[AssetName, Sha256] = Field(description="SHA-256 of each file in assets/ when the unit was written")
     source: Line = Field(description="file name of the shard that this unit was made from")
     samples: int = Field(ge=0)
     pairs: int = Field(ge=0)
+    keys: Sha256 = Field(description="of the sample keys: see `hash_keys`")
     groups: dict[str, Group]
     provenance: Provenance
 
     def entry(self, name: str, size: int, sha256: str) -> UnitEntry:
         """The row of this unit in a manifest, from its file's name, bytes and hash."""
-        return UnitEntry(
-            name=name, source=self.source, samples=self.samples, pairs=self.pairs, size=size, sha256=sha256
-        )
+        counted = {field: getattr(self, field) for field in ("source", "samples", "pairs", "keys")}
+        return UnitEntry(name=name, **counted, size=size, sha256=sha256)
 
 
 class Manifest(Model):
     """`manifest.json`: identity, and one row a unit. `sha256` is the hash of the rest in canonical form."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1]
     spec: TargetSpec
     fingerprint: Sha256
     assets: dict[AssetName, Sha256] = Field(description="SHA-256 of each file in assets/")
@@ -240,6 +238,14 @@ def canonical_json(value: Any) -> bytes:
 def hash_json(value: Any) -> str:
     """SHA-256 of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def hash_keys(keys: Iterable[str]) -> str:
+    """SHA-256 of sample keys in their order, each followed by a newline, in UTF-8."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(f"{key}\n".encode())
+    return digest.hexdigest()
 
 
 def difference(expected: BaseModel, got: BaseModel) -> list[str]:

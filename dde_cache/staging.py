@@ -12,7 +12,7 @@ from typing import Any
 
 from dde_cache.card import write_card
 from dde_cache.errors import CacheError, InputError
-from dde_cache.spec import Manifest, Provenance, TargetSpec, UnitAttributes, UnitEntry, hash_json
+from dde_cache.spec import FORMAT_VERSION, Manifest, Provenance, TargetSpec, UnitAttributes, UnitEntry, hash_json
 from dde_cache.store import ASSETS, UNITS, Cache, describe_unit, write_bytes, write_manifest
 from dde_cache.unit import UnitArrays, hash_file, partial_path, place, write_unit
 
@@ -85,7 +85,11 @@ class StagedCache:
         """
         units = tuple(sorted(self._entries, key=lambda entry: entry.name))
         manifest = Manifest(
-            spec=self._spec, fingerprint=self._spec.fingerprint, assets=self._like.manifest.assets, units=units
+            format_version=FORMAT_VERSION,
+            spec=self._spec,
+            fingerprint=self._spec.fingerprint,
+            assets=self._like.manifest.assets,
+            units=units,
         )
         for left in self._folder.rglob("*.partial"):
             left.unlink(missing_ok=True)

@@ -27,12 +27,7 @@ from dde_cache.manifest import write_bytes as write_bytes
 from dde_cache.manifest import write_manifest as write_manifest
 from dde_cache.manifest import write_text as write_text
 from dde_cache.preprocess import Preprocessor
-from dde_cache.spec import (
-    Manifest,
-    TargetSpec,
-    UnitEntry,
-    difference,
-)
+from dde_cache.spec import FORMAT_VERSION, Manifest, TargetSpec, UnitEntry, difference
 from dde_cache.unit import SUFFIX, Unit, hash_file
 
 
@@ -165,7 +160,11 @@ class CacheWriter:
                 f"{folder / ASSETS}: holds assets of other targets, left by an extraction that was cut short:"
                 f"{bullet_list(other)}\ndelete {folder}, or choose another --out"
             )
-        write_manifest(folder, Manifest(spec=spec, fingerprint=spec.fingerprint, assets=hashes), replace=False)
+        write_manifest(
+            folder,
+            Manifest(format_version=FORMAT_VERSION, spec=spec, fingerprint=spec.fingerprint, assets=hashes),
+            replace=False,
+        )
 
     @property
     def assets(self) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dde_cache.codec import EncodedAttention
 from dde_cache.errors import CacheError, InputError, bullet_list
-from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry, difference, hash_json
+from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry, difference, hash_json, hash_keys
 from dde_cache.staging import StagedCache, check_free
 from dde_cache.store import Cache
 from dde_cache.unit import KNOWN_GROUPS, SUFFIX, MapColumns, Unit, UnitArrays
@@ -226,6 +226,7 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
             "fingerprint": spec.fingerprint,
             "samples": len(numbers),
             "pairs": len(set(pairs)),
+            "keys": hash_keys(arrays.keys),
             "groups": {name: group for name, group in unit.attributes.groups.items() if name in held},
         }
     )

@@ -222,7 +222,7 @@ def check_unit(path: Path, entry: UnitEntry | None, fingerprint: str | None, *, 
         if entry is not None:
             wrong = [
                 f"{name}: expected {getattr(entry, name)}, got {getattr(attributes, name)}"
-                for name in ("source", "samples", "pairs")
+                for name in ("source", "samples", "pairs", "keys")
                 if getattr(entry, name) != getattr(attributes, name)
             ]
             if wrong:

@@ -18,7 +18,7 @@ from numcodecs.zstd import compress
 from pipeline import all_pairs, cli, make_cache, make_shards
 
 from dde_cache.errors import CacheError, InputError
-from dde_cache.spec import hash_json, indented_json, parse_json
+from dde_cache.spec import TargetSpec, hash_json, indented_json, parse_json
 from dde_cache.store import Cache, CacheWriter
 from dde_cache.summary import summarise
 from dde_cache.targets import CacheTargets
@@ -249,6 +249,15 @@ def test_a_key_axis_shorter_than_the_tokens(shards, teacher_folder, tmp_path):
     rewrite(cache.folder / "units" / UNIT, lambda name, values: values[..., :3])
     seal(cache.folder)
     refused(cache.folder, shards, "expected at most 3 tokens")
+
+
+@pytest.mark.parametrize("name", TargetSpec.model_fields)
+def test_a_specification_that_leaves_a_field_out(shards, teacher_folder, tmp_path, name):
+    """What is not said must not be guessed: a default of a later version would change what the numbers mean."""
+    cache = make_cache(shards, teacher_folder, tmp_path / "cache")
+    seal(cache.folder, lambda manifest: manifest["spec"].pop(name) and None)
+    with pytest.raises(CacheError, match=rf"manifest\.json: cannot be read, (.|\n)*spec\.{name}: Field required"):
+        Cache(cache.folder)
 
 
 @pytest.mark.parametrize(

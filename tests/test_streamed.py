@@ -270,13 +270,14 @@ def test_no_room_on_the_disk(shards, server, from_disk, tmp_path):
 
 
 def test_other_shards_of_the_same_names(server, tmp_path):
-    """As many samples and pairs in each shard, but other keys: seen when the first unit is opened."""
+    """As many samples and pairs in each shard, but other keys."""
     samples = make_samples(24)
     renamed = [sample.__class__(f"x-{sample.key}", sample.images, sample.texts) for sample in samples]
     others = make_shards(tmp_path / "train", renamed, size=4)
     done = cli(*training(others, server.url, tmp_path / "run", tmp_path / "room"))
     assert done.code == 1
-    assert "has no such key: the cache was made from other shards" in done.message
+    assert "no key is on both sides: the cache was made from another data set" in done.message
+    assert not (tmp_path / "run").exists()
 
 
 # --- the other commands, and the options

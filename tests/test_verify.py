@@ -18,7 +18,7 @@ from dde_cache.extract import ExtractConfig
 from dde_cache.identity import config_of, target_spec
 from dde_cache.repair import repair
 from dde_cache.samples import Text
-from dde_cache.spec import Manifest, difference
+from dde_cache.spec import Manifest, difference, hash_keys
 from dde_cache.store import Cache, write_manifest
 from dde_cache.teacher import FusionTeacher
 from dde_cache.unit import write_unit
@@ -188,10 +188,11 @@ def rewrite(folder, name, change, attributes=lambda found: found):
 
     path = folder / "units" / name
     arrays, found = arrays_of(path)
-    size, digest = write_unit(path, change(arrays), attributes(found))
+    changed = attributes(found)
+    new = {"keys": changed.keys} | dict(zip(("size", "sha256"), write_unit(path, change(arrays), changed), strict=True))
 
     def row(entry):
-        return entry.model_copy(update={"size": size, "sha256": digest}) if entry.name == name else entry
+        return entry.model_copy(update=new) if entry.name == name else entry
 
     reseal(folder, lambda found: found.model_copy(update={"units": tuple(map(row, found.units))}))
 
@@ -227,6 +228,7 @@ def put(place, value):
 @pytest.mark.parametrize(
     ("kind", "told", "change"),
     [
+        ("keys", "the hash that the attributes say", lambda arrays: replace(arrays, keys=["x", *arrays.keys[1:]])),
         ("keys", "is there twice", lambda arrays: replace(arrays, keys=[arrays.keys[1], *arrays.keys[1:]])),
         ("records", "out of order or twice", in_maps(sample=put(0, 2))),
         ("records", "records of no sample", in_maps(sample=put(-1, 77))),
@@ -337,7 +339,9 @@ def test_counts_of_the_manifest_and_of_the_unit(folder):
 
 
 def test_a_key_in_two_units(folder):
-    rewrite(folder, UNITS[1], lambda arrays: replace(arrays, keys=["key-000", *arrays.keys[1:]]))
+    keys = ["key-000", *Cache(folder).unit(Cache(folder).manifest.units[1]).keys[1:]]
+    honest = {"keys": hash_keys(keys)}
+    rewrite(folder, UNITS[1], lambda arrays: replace(arrays, keys=keys), lambda found: found.model_copy(update=honest))
     [finding] = verify(folder).findings
     assert (finding.kind, finding.count) == ("duplicates", 1)
     assert finding.examples == (f"'key-000' in {UNITS[0]}, {UNITS[1]}",)

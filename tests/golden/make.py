@@ -21,7 +21,7 @@ import numpy as np
 
 from dde_cache.card import close_with_card
 from dde_cache.codec import from_numpy
-from dde_cache.spec import Group, Provenance, TargetSpec, TeacherIdentity, UnitAttributes
+from dde_cache.spec import FORMAT_VERSION, Group, Provenance, TargetSpec, TeacherIdentity, UnitAttributes, hash_keys
 from dde_cache.store import CacheWriter
 from dde_cache.unit import MapColumns, UnitArrays, write_unit
 
@@ -33,23 +33,30 @@ TEACHER = TeacherIdentity(
     family="vilt",
     **{name: f"{number}" * 64 for number, name in enumerate(("weights", "config", "tokenizer", "processor"))},
 )
-COMMON = {"teacher": TEACHER, "teacher_layers": 4, "text_length": HIGHEST, "patch_size": 16, "dtype": "float32"}
-SPECS = {
-    "two-images": TargetSpec(
-        **COMMON, teacher_heads=2, view="example 1", views=2, passes=("matched", "masked example 1"), images=2,
-        layers=(1, 3), heads="all", queries="valid", k=3, weights="log8", classes=3,
-        groups={"hologram": {"depth": 2}},
-    ),
-    "whole-rows": TargetSpec(
-        **COMMON, teacher_heads=2, layers=(3,), heads="mean", queries="all", k=None, weights="float16", classes=None
-    ),
-    "every-key": TargetSpec(
-        **COMMON, teacher_heads=2, layers=(0, 3), heads="all", queries="all", weights="sqrt8", steps=40, classes=3
-    ),
-    "logits": TargetSpec(
-        **COMMON, teacher_heads=2, images=2, layers=(), heads="all", queries="valid", k=3, weights="log8", classes=3
-    ),
+COMMON = {
+    "teacher": TEACHER, "rule": "block-softmax, cls first, row-major patches", "teacher_layers": 4,
+    "text_length": HIGHEST, "patch_size": 16, "dtype": "float32", "view": "as-processed", "views": 1,
+    "passes": ("matched",), "images": 1, "k": None, "mass": None, "steps": None, "groups": {},
 }  # fmt: skip
+DIFFERENT = {
+    "two-images": {
+        "teacher_heads": 2, "view": "example 1", "views": 2, "passes": ("matched", "masked example 1"), "images": 2,
+        "layers": (1, 3), "heads": "all", "queries": "valid", "k": 3, "weights": "log8", "classes": 3,
+        "groups": {"hologram": {"depth": 2}},
+    },
+    "whole-rows": {
+        "teacher_heads": 2, "layers": (3,), "heads": "mean", "queries": "all", "weights": "float16", "classes": None,
+    },
+    "every-key": {
+        "teacher_heads": 2, "layers": (0, 3), "heads": "all", "queries": "all", "weights": "sqrt8", "steps": 40,
+        "classes": 3,
+    },
+    "logits": {
+        "teacher_heads": 2, "images": 2, "layers": (), "heads": "all", "queries": "valid", "k": 3, "weights": "log8",
+        "classes": 3,
+    },
+}  # fmt: skip
+SPECS = {name: TargetSpec(**COMMON | different) for name, different in DIFFERENT.items()}
 UNITS = {
     "two-images": (("a", "b/ü"), ("wide",)),
     "whole-rows": (("a", "c"),),
@@ -217,12 +224,14 @@ def main() -> None:
             held |= {"predictions": True} if spec.classes else {}
             held |= {"hologram": False} if arrays.further else {}
             fields = {
+                "format_version": FORMAT_VERSION,
                 "spec": spec,
                 "fingerprint": spec.fingerprint,
                 "assets": dict(writer.assets),
                 "source": f"{number:06d}.tar",
                 "samples": len(keys),
                 "pairs": sum(1 + sample % 2 for sample in range(len(keys))),
+                "keys": hash_keys(keys),
                 "groups": {group: Group(required=required) for group, required in held.items()},
                 "provenance": provenance,
             }
