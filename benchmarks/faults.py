@@ -35,7 +35,8 @@ from dde_cache.targets import CacheTargets
 from dde_cache.verify import verify
 
 SHAPE: TeacherShape = replace(TINY, side=64)
-CONFIG = ExtractConfig(k=3, batch_size=4)
+CONFIGS = {"sqrt8": ExtractConfig(batch_size=4), "log8": ExtractConfig(k=3, batch_size=4)}
+"""Every key, as is the default, and the strongest three."""
 
 
 def read_targets(cache: Cache, shards: Sequence[Shard]) -> list[np.ndarray]:
@@ -64,7 +65,7 @@ def places(folder: Path, count: int, random: np.random.Generator) -> Iterator[tu
         yield files[chosen], int(random.integers(sizes[chosen]))
 
 
-def flips(cache: Path, shards: Sequence[Shard], count: int) -> None:
+def flips(cache: Path, shards: Sequence[Shard], count: int, weights: str) -> None:
     """Flip one byte at a time; ask the judge, and read."""
     right = read_targets(Cache(cache), shards)
     random = np.random.default_rng(0)
@@ -93,8 +94,8 @@ def flips(cache: Path, shards: Sequence[Shard], count: int) -> None:
                 failures.append(f"other targets after byte {place} of {path.name} changed")
         path.write_bytes(content)
     spread = ", ".join(f"{name} {number}" for name, number in sorted(kinds.items()))
-    print(f"COUNT flipped bytes found by verify: {found:,} of {count:,} ({spread})")
-    print(f"COUNT flipped bytes, reading: {refused:,} refused, {same:,} exactly the right targets, of {count:,}")
+    print(f"COUNT {weights}: flipped bytes found by verify: {found:,} of {count:,} ({spread})")
+    print(f"COUNT {weights}: flipped bytes, reading: {refused:,} refused, {same:,} exactly right, of {count:,}")
     stop_on(failures)
 
 
@@ -132,7 +133,8 @@ def in_child(run: Callable[[], object], seconds: float | None = None) -> bool:
 def kills(shards: Sequence[Shard], teacher: Path, folder: Path, count: int) -> None:
     """Kill extractions at random moments, run them again, and compare units with those of one that ran through."""
     begin = time.perf_counter()
-    in_child(lambda: extract(shards, str(teacher), folder / "whole", CONFIG))
+    config = CONFIGS["sqrt8"]
+    in_child(lambda: extract(shards, str(teacher), folder / "whole", config))
     length = longest = time.perf_counter() - begin
     right = units_of(folder / "whole")
     random = np.random.default_rng(1)
@@ -142,7 +144,7 @@ def kills(shards: Sequence[Shard], teacher: Path, folder: Path, count: int) -> N
         out = folder / f"killed-{killed}"
 
         def run(out: Path = out) -> object:
-            return extract(shards, str(teacher), out, CONFIG)
+            return extract(shards, str(teacher), out, config)
 
         if in_child(run, float(random.uniform(0, length))):
             # It came to its end before; on a machine that others share the next one may be as fast.
@@ -243,10 +245,12 @@ def main() -> None:
         for seed in (0, 1):
             save_teacher(folder / f"teacher-{seed}", SHAPE, seed)
         shards = pictures_with_questions(folder / "shards", SHAPE, pairs=24, shards=4)
-        extract(shards, str(folder / "teacher-0"), folder / "cache", CONFIG)
-        extract(shards, str(folder / "teacher-1"), folder / "foreign", CONFIG)
-        flips(folder / "cache", shards, given.flips or (1000 if full else 25))
-        bad_units(folder / "cache", folder / "foreign", shards, folder)
+        count = given.flips or (1000 if full else 26)
+        for weights, config in CONFIGS.items():
+            extract(shards, str(folder / "teacher-0"), folder / weights, config)
+            flips(folder / weights, shards, count // len(CONFIGS), weights)
+        extract(shards, str(folder / "teacher-1"), folder / "foreign", CONFIGS["sqrt8"])
+        bad_units(folder / "sqrt8", folder / "foreign", shards, folder)
         kills(shards, folder / "teacher-0", folder, given.kills or (100 if full else 2))
     print_machine()
 

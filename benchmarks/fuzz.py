@@ -32,7 +32,7 @@ import google_crc32c
 import numpy as np
 import torch
 from common import arguments, pictures_with_questions, print_machine, save_teacher
-from faults import CONFIG, SHAPE, read_targets
+from faults import CONFIGS, SHAPE, read_targets
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from numcodecs.zstd import compress, decompress
@@ -342,7 +342,7 @@ class Campaign:
         """Let the manifest say of the unit what the unit says of itself, so that the deeper checks are reached."""
         with zipfile.ZipFile(io.BytesIO(unit)) as archive:
             root = json.loads(archive.read("zarr.json"))["attributes"]
-        manifest["units"][0] |= {name: root[name] for name in ("source", "samples", "pairs")}
+        manifest["units"][0] |= {name: root[name] for name in ("source", "samples", "pairs", "keys")}
         manifest["spec"] = root["spec"]
 
     def _resealed(self, text: str) -> bytes:
@@ -403,6 +403,18 @@ def limit_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _attack(campaign: Campaign, count: int, number: int) -> None:
+    """Judge so many mutants."""
+
+    @seed(number)
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def attack(data: st.DataObject) -> None:
+        campaign.judge(campaign.mutant(data.draw))
+
+    attack()
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--examples", type=int)
@@ -410,33 +422,33 @@ def main() -> None:
     given_arguments = parser.parse_args()
     count = given_arguments.examples or (10_000 if given_arguments.size == "full" else 100)
     torch.set_num_threads(1)
+    outcomes: collections.Counter[str] = collections.Counter()
+    slowest = 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_teacher(folder / "teacher", SHAPE)
         shards = pictures_with_questions(folder / "shards", SHAPE, pairs=6, shards=2)
-        extract(shards, str(folder / "teacher"), folder / "cache", CONFIG)
-        campaign = Campaign(folder / "cache", shards, folder / "copy")
-        campaign.judge("nothing")
+        campaigns = {}
+        for weights, config in CONFIGS.items():
+            extract(shards, str(folder / "teacher"), folder / weights, config)
+            campaigns[weights] = Campaign(folder / weights, shards, folder / f"copy-{weights}")
+            campaigns[weights].judge("nothing")
         before = limit_memory()
         signal.signal(signal.SIGALRM, _too_slow)
-        campaign.slowest, campaign.outcomes = 0.0, collections.Counter()
-
-        @seed(given_arguments.seed)
-        @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.data())
-        def attack(data: st.DataObject) -> None:
-            campaign.judge(campaign.mutant(data.draw))
-
-        attack()
+        for weights, campaign in campaigns.items():
+            campaign.slowest, campaign.outcomes = 0.0, collections.Counter()
+            _attack(campaign, count // len(campaigns), given_arguments.seed)
+            outcomes.update({f"{weights}, {outcome}": number for outcome, number in campaign.outcomes.items()})
+            slowest = max(slowest, campaign.slowest)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    total = sum(campaign.outcomes.values())
+    total = sum(outcomes.values())
     if total < count:
         sys.exit(f"FAILED\nexpected {count} mutants, got {total}")
-    for outcome, number in sorted(campaign.outcomes.items()):
+    for outcome, number in sorted(outcomes.items()):
         print(f"  {outcome}: {number:,}")
     print(
         f"COUNT mutated manifests and units met with our own errors or right numbers: {total:,} of {total:,}; slowest "
-        f"{campaign.slowest:.1f} s, peak memory {(after - before) / 2**20:,.0f} MiB above the start"
+        f"{slowest:.1f} s, peak memory {(after - before) / 2**20:,.0f} MiB above the start"
     )
     print_machine()
 
