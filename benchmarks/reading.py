@@ -100,6 +100,7 @@ def write_cache(folder: Path, units: int, records: int, classes: int, weights: W
         dtype="float32",
         classes=classes,
         rule="block-softmax, cls first, row-major patches",
+        directions=("t2i", "i2t"),
         view="as-processed",
         views=1,
         passes=("matched",),

@@ -12,7 +12,7 @@ import numpy as np
 
 from dde_cache.bounds import inconsistent, unsafe
 from dde_cache.errors import CacheError
-from dde_cache.layout import DIRECTIONS, array_names
+from dde_cache.layout import array_names
 from dde_cache.spec import hash_keys
 from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import MapColumns, Unit
@@ -150,7 +150,7 @@ def _maps(unit: Unit) -> Iterator[Problem]:
     behind = int(((maps.token_ids != 0) & padding).any(-1).sum())
     if behind:
         yield Problem("tokens", "token ids behind the valid tokens", behind)
-    for direction in DIRECTIONS:
+    for direction in unit.attributes.spec.directions:
         yield from _attention(unit, maps, direction)
 
 

@@ -109,6 +109,7 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
             processor=hash_json(json.loads(processor.image_processor.to_json_string())),
         ),
         rule="block-softmax, cls first, row-major patches",
+        directions=("t2i", "i2t"),
         view="as-processed",
         views=1,
         passes=("matched",),

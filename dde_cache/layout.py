@@ -9,10 +9,10 @@ import numpy as np
 
 from dde_cache.blocks import Blocks, Layout
 from dde_cache.codec import part_names
-from dde_cache.spec import UnitAttributes
+from dde_cache.spec import Direction, UnitAttributes
 from dde_cache.stream import CHUNK_PAIRS
 
-DIRECTIONS = ("t2i", "i2t")
+DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
 KNOWN_GROUPS = frozenset({"samples", "maps", "predictions"})
 
 MAX_RECORDS = 2**24
@@ -55,7 +55,11 @@ def array_names(attributes: UnitAttributes) -> list[str]:
     names = [f"samples/{name}" for name in SAMPLE_ARRAYS]
     if "maps" in attributes.groups:
         names += [f"maps/{name}" for name in MAP_COLUMNS]
-        names += [f"maps/{direction}/{part}" for direction in DIRECTIONS for part in part_names(attributes.spec.steps)]
+        names += [
+            f"maps/{direction}/{part}"
+            for direction in attributes.spec.directions
+            for part in part_names(attributes.spec.steps)
+        ]
     if "predictions" in attributes.groups:
         names += [f"predictions/{name}" for name in (*PREDICTION_COLUMNS, "logits")]
     return names
@@ -110,7 +114,8 @@ def _expected(
     wide: Mapping[str, tuple[Axis, ...]] = {"token_ids": ((0, spec.text_length),), "grid": (2,)}
     for name, dtype in MAP_COLUMNS.items():
         expected[f"maps/{name}"] = ((np.dtype(dtype).name,), (records, *wide.get(name, ())))
-    for direction, queries in (("t2i", spec.text_length), ("i2t", MAX_TOKENS)):
+    for direction in spec.directions:
+        queries = spec.text_length if direction == "t2i" else MAX_TOKENS
         least = 0 if records == 0 else 1
         keys = MAX_TOKENS if direction == "t2i" else spec.text_length
         if spec.steps is not None:

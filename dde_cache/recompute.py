@@ -19,7 +19,7 @@ from dde_cache.spec import TOLERANCE, Model, TargetSpec, difference
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
 from dde_cache.teacher import FusionTeacher, TeacherOutput
-from dde_cache.unit import DIRECTIONS, Unit
+from dde_cache.unit import Unit
 from dde_cache.vilt import image_tokens
 
 BATCH = 16
@@ -138,7 +138,7 @@ class _Trial:
                     "t2i": self._spec.text_length if every else int(text[row]),
                     "i2t": patches + int(every),
                 }
-                for direction in DIRECTIONS:
+                for direction in self._spec.directions:
                     exact = getattr(output.attention[image, layer], direction)[row].float().cpu()
                     wrong = self._compare(unit, direction, record, exact, rows[direction])
                     if wrong is not None:

@@ -19,6 +19,7 @@ Weights = Literal["sqrt8", "log8", "float16", "float32"]
 Queries = Literal["valid", "all"]
 Heads = Literal["all", "mean"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Direction = Literal["t2i", "i2t"]
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -58,7 +59,12 @@ class TargetSpec(Model):
     """
 
     teacher: TeacherIdentity
-    rule: Literal["block-softmax, cls first, row-major patches"]
+    rule: Literal["block-softmax, cls first, row-major patches"] = Field(
+        description="how a row comes about, and what the image axis is; others are for later teachers"
+    )
+    directions: tuple[Direction, ...] = Field(
+        min_length=1, description="which maps the teacher has: text queries over image keys, the reverse, or both"
+    )
     view: Line = Field(min_length=1, description="recipe of the views, with its version; as-processed: none")
     views: int = Field(ge=1, lt=2**16, description="views of each sample, numbered from 0")
     passes: tuple[Line, ...] = Field(
@@ -96,6 +102,12 @@ class TargetSpec(Model):
             raise ValueError("expected steps together with sqrt8 weights, and with no others")
         if self.weights == "sqrt8" and (self.k, self.mass) != (None, None):
             raise ValueError("expected neither k nor mass with sqrt8 weights, which keep every key")
+        return self
+
+    @model_validator(mode="after")
+    def _check_directions(self) -> "TargetSpec":
+        if self.directions not in (("t2i", "i2t"), ("t2i",), ("i2t",)):
+            raise ValueError("expected directions t2i, i2t, or both in this order")
         return self
 
     @property

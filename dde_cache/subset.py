@@ -4,7 +4,7 @@ A unit of which everything is kept is copied. Any other is written anew from its
 padding that nothing needs is cut off, but no value is decoded.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -197,7 +197,7 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
     numbers = np.array([number for number, key in enumerate(unit.keys) if key in wanted], np.int64)
     place = np.full(len(unit.keys), -1)
     place[numbers] = np.arange(len(numbers))
-    maps, t2i, i2t = _cut_maps(unit, place, spec) if spec.layers else (None, None, None)
+    maps, directions = _cut_maps(unit, place, spec) if spec.layers else (None, {})
     columns = {name: np.empty(0, np.int64) for name in ("sample", "text", "view", "pass")}
     logits = None
     if spec.classes is not None:
@@ -210,8 +210,8 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         keys=[unit.keys[number] for number in numbers],
         content=unit.content[numbers],
         maps=maps,
-        t2i=t2i,
-        i2t=i2t,
+        t2i=directions.get("t2i"),
+        i2t=directions.get("i2t"),
         prediction_sample=columns["sample"],
         prediction_text=columns["text"],
         logits=logits,
@@ -235,7 +235,7 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
 
 def _cut_maps(
     unit: Unit, place: Int[np.ndarray, " n"], spec: TargetSpec
-) -> tuple[MapColumns, EncodedAttention, EncodedAttention]:
+) -> tuple[MapColumns, Mapping[str, EncodedAttention]]:
     """Keep the records of some samples and layers, padded to the longest of them."""
     held = unit.maps
     rows = np.flatnonzero((place[held.sample] >= 0) & np.isin(held.layer, spec.layers))
@@ -250,8 +250,5 @@ def _cut_maps(
     )
     padded, chosen = spec.queries == "all", torch.from_numpy(rows)
     texts, images = (spec.text_length, largest + 1) if padded else (longest, largest)
-    return (
-        maps,
-        unit.attention("t2i").records(chosen).cut(texts, largest),
-        unit.attention("i2t").records(chosen).cut(images, longest),
-    )
+    axes = {"t2i": (texts, largest), "i2t": (images, longest)}
+    return maps, {name: unit.attention(name).records(chosen).cut(*axes[name]) for name in spec.directions}

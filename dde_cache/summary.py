@@ -10,7 +10,7 @@ from dde_cache.errors import CacheError
 from dde_cache.spec import Model, Provenance, TargetSpec
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS
-from dde_cache.unit import DIRECTIONS, Unit
+from dde_cache.unit import Unit
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -82,7 +82,7 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
     if not cache.manifest.units:
         raise CacheError(f"{cache.name}: has no finished units yet; run `dde-cache extract` to the end")
     # Kept mass is counted in 1,000 steps, so that memory does not grow with the cache.
-    counts = {direction: np.zeros(1001, np.int64) for direction in DIRECTIONS}
+    counts = {direction: np.zeros(1001, np.int64) for direction in cache.spec.directions}
     dense = 0
     text: list[int] = []
     image: list[int] = []
@@ -95,10 +95,10 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
             unit.close()
             continue
         maps = unit.maps
-        for direction in DIRECTIONS:
+        for direction in cache.spec.directions:
             if cache.spec.weights != "sqrt8":
                 counts[direction] += _count_masses(unit, direction)
-        dense += int((maps.text_tokens * maps.image_tokens).sum()) * 2 * 2 * cache.spec.stored_heads
+        dense += int((maps.text_tokens * maps.image_tokens).sum()) * 2 * len(counts) * cache.spec.stored_heads
         if len(maps.sample):
             text += [int(maps.text_tokens.min()), int(maps.text_tokens.max())]
             image += [int(maps.image_tokens.min()), int(maps.image_tokens.max())]
@@ -168,6 +168,8 @@ def pair_links(cache: Cache, key: str, text: int = 0, top: int = 3) -> PairLinks
 def _links(cache: Cache, unit: Unit, key: str, text: int, top: int) -> PairLinks:
     if not unit.has_maps:
         raise CacheError(f"{cache.folder}: expected attention maps, but the cache keeps predictions alone")
+    if "t2i" not in cache.spec.directions:
+        raise CacheError(f"{cache.folder}: expected text-to-image maps, but the cache has i2t alone")
     maps = unit.maps
     sample = unit.keys.index(key)
     layer = cache.spec.layers[-1]

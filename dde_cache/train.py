@@ -264,6 +264,8 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Pl
     layer = config.layer if config.layer is not None else spec.layers[-1] if spec.layers else 0
     if config.attention_weight and not spec.layers:
         lacking.append("attention maps: it keeps predictions alone; train with --set attention_weight=0")
+    elif config.attention_weight and len(spec.directions) < 2:
+        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
     elif config.attention_weight and layer not in spec.layers:
         lacking.append(f"layer {layer}: it has {list(spec.layers)}")
     if config.attention_weight and config.queries == "all" and spec.queries != "all":

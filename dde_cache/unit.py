@@ -205,10 +205,16 @@ class Unit:
         """
         maps = MapColumns(*(self.array(f"maps/{name}").astype(np.int64) for name in MAP_COLUMNS))
         if len(maps.sample):
-            padded = int(self.attributes.spec.queries == "all")
+            text, image = [maps.token_ids.shape[1]], [MAX_TOKENS]
+            if "t2i" in self.attributes.spec.directions:
+                text.append(self._rows("t2i"))
+                image.append(self._keys("t2i"))
+            if "i2t" in self.attributes.spec.directions:
+                text.append(self._keys("i2t"))
+                image.append(self._rows("i2t") - int(self.attributes.spec.queries == "all"))
             for name, tokens, rows in (
-                ("text_tokens", maps.text_tokens, min(maps.token_ids.shape[1], self._rows("t2i"), self._keys("i2t"))),
-                ("grid", maps.image_tokens, min(self._rows("i2t") - padded, self._keys("t2i"))),
+                ("text_tokens", maps.text_tokens, min(text)),
+                ("grid", maps.image_tokens, min(image)),
             ):
                 if tokens.max() > rows:
                     raise self._damaged(f"maps/{name}", f"expected at most {rows} tokens, got {tokens.max()}")

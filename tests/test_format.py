@@ -53,7 +53,8 @@ def ours(cache):
         if not unit.has_maps:
             continue
         maps = unit.maps
-        held = {direction: unit.attention(direction) for direction in ("t2i", "i2t")}
+        held = {direction: unit.attention(direction) for direction in cache.spec.directions}
+        keys = {"t2i": maps.image_tokens, "i2t": maps.text_tokens}
         for row, sample in enumerate(maps.sample):
             one = {name: encoded.records(torch.tensor([row])) for name, encoded in held.items()}
             yield (
@@ -61,8 +62,7 @@ def ours(cache):
                 {
                     "image": maps.image[row], "layer": maps.layer[row], "text_tokens": maps.text_tokens[row],
                     "token_ids": maps.token_ids[row], "grid": maps.grid[row],
-                    "t2i": dense_rows(one["t2i"], int(maps.image_tokens[row]))[0].numpy(),
-                    "i2t": dense_rows(one["i2t"], int(maps.text_tokens[row]))[0].numpy(),
+                    **{name: dense_rows(each, int(keys[name][row]))[0].numpy() for name, each in one.items()},
                 },
             )  # fmt: skip
         unit.close()
@@ -139,7 +139,7 @@ def test_a_golden_cache(name, read_cache):
             assert (values["image"], values["layer"]) == (image, layer)
             for column in ("text_tokens", "token_ids", "grid"):
                 np.testing.assert_array_equal(values[column], held[column][row])
-            for direction in ("t2i", "i2t"):
+            for direction in cache.spec.directions:
                 dense, got = held[direction][row], values[direction]
                 np.testing.assert_allclose(got, dense[..., : got.shape[-1]], rtol=0, atol=ROUNDING)
                 assert not dense[..., got.shape[-1] :].any()
@@ -167,6 +167,9 @@ def test_the_golden_caches_hold_what_they_should():
     code = every.unit(every.manifest.units[0]).array("maps/t2i/weight")
     assert (code.dtype, code.min(), code[code > 0].min()) == (np.uint8, 0, 1)
     assert Cache(GOLDEN / "logits").spec.layers == ()
+    one_way = Cache(GOLDEN / "one-way")
+    assert one_way.spec.directions == ("t2i",)
+    assert not [name for name in one_way.unit(one_way.manifest.units[0]).blocks.names if "i2t" in name]
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 200_000
 
 
@@ -313,3 +316,13 @@ def test_the_golden_caches_can_be_trained_on_in_part():
     np.testing.assert_array_equal(batch["logits"][0], expected["0.logits"][rows.index([1, 1, 0, 0])])
     np.testing.assert_array_equal(batch["logits"][1], expected["0.logits"][rows.index([0, 0, 0, 0])])
     assert torch.equal(batch["grid"], torch.tensor([[2, 2], [2, 2]]))
+
+
+def test_attention_of_one_direction_is_not_trained_on_as_if_there_were_both(tmp_path):
+    from dde_cache.distill import CachedTargets, TrainConfig
+    from dde_cache.samples import Shard
+    from dde_cache.train import train
+
+    whole = Cache(GOLDEN / "one-way")
+    with pytest.raises(CacheError, match="both directions of attention: it has t2i alone"):
+        train(list[Shard](), CachedTargets(whole), tmp_path / "run", TrainConfig(steps=1))

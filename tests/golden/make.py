@@ -35,8 +35,9 @@ TEACHER = TeacherIdentity(
 )
 COMMON = {
     "teacher": TEACHER, "rule": "block-softmax, cls first, row-major patches", "teacher_layers": 4,
-    "text_length": HIGHEST, "patch_size": 16, "dtype": "float32", "view": "as-processed", "views": 1,
-    "passes": ("matched",), "images": 1, "k": None, "mass": None, "steps": None, "groups": {},
+    "text_length": HIGHEST, "patch_size": 16, "dtype": "float32", "directions": ("t2i", "i2t"),
+    "view": "as-processed", "views": 1, "passes": ("matched",), "images": 1,
+    "k": None, "mass": None, "steps": None, "groups": {},
 }  # fmt: skip
 DIFFERENT = {
     "two-images": {
@@ -51,6 +52,10 @@ DIFFERENT = {
         "teacher_heads": 2, "layers": (0, 3), "heads": "all", "queries": "all", "weights": "sqrt8", "steps": 40,
         "classes": 3,
     },
+    "one-way": {
+        "teacher_heads": 2, "layers": (3,), "directions": ("t2i",), "heads": "all", "queries": "valid",
+        "weights": "sqrt8", "steps": 56, "classes": None,
+    },
     "logits": {
         "teacher_heads": 2, "images": 2, "layers": (), "heads": "all", "queries": "valid", "k": 3, "weights": "log8",
         "classes": 3,
@@ -61,6 +66,7 @@ UNITS = {
     "two-images": (("a", "b/ü"), ("wide",)),
     "whole-rows": (("a", "c"),),
     "every-key": (("a", "long"),),
+    "one-way": (("a", "b"),),
     "logits": (("a", "b"), ("c",)),
 }
 """Sample keys of each unit."""
@@ -190,7 +196,7 @@ def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitA
         padded = spec.queries == "all"
         rows = {"t2i": [HIGHEST] * len(words) if padded else words.tolist(), "i2t": (patches + padded).tolist()}
         count = {"t2i": patches.tolist(), "i2t": words.tolist()}
-        for salt, direction in enumerate(("t2i", "i2t")):
+        for salt, direction in enumerate(spec.directions):
             make = direction_of if spec.steps is None else whole_direction_of
             stored, dense = make(spec, rows[direction], count[direction], max(rows[direction]), 17 * salt)
             signed = {name: part.view(np.int16) if part.dtype == np.uint16 else part for name, part in stored.items()}
