@@ -191,7 +191,7 @@ def mutate_metadata(draw: Draw, members: Members) -> bytes:
             if draw(st.integers(0, 3)) == 0
             else draw(
                 st.sampled_from(
-                    ["maps/t2i/index/zarr.json", "maps/i2t/weight/zarr.json", "predictions/logits/zarr.json"]
+                    ["maps/t2i/weight/zarr.json", "maps/i2t/weight/zarr.json", "predictions/logits/zarr.json"]
                 )
             )
         )
@@ -258,7 +258,7 @@ def mutate_members(draw: Draw, members: Members) -> bytes:
     if way == "swap":
         return zipped(members | {chosen: members[other], other: members[chosen]})
     if way == "many":
-        return zipped(members | {f"maps/t2i/index/c/{number}/0/0/0": b"" for number in range(300)})
+        return zipped(members | {f"maps/t2i/weight/c/{number}/0/0/0": b"" for number in range(300)})
 
     def change(info: zipfile.ZipInfo, value: bytes) -> bytes | None:
         if info.filename == chosen and way == "deflate":
