@@ -50,6 +50,8 @@ def load_subject(name: str, device: str = "cpu", task: str | None = None) -> Sub
     if (run / MODEL).is_dir() or (run / RUN).is_file() or (run / BASELINES).is_file():
         return _load_run(run, device, task)
     chosen = load_task(task or "classification")
+    if chosen.head == "similarity":
+        raise InputError(f"task {task} ranks by the vectors of a dual encoder: evaluate a run, not a teacher")
     teacher = FusionTeacher.load(name, device=device)
     if teacher.labels is None:
         raise InputError(f"{name}: expected a teacher with a task head to evaluate, got none")

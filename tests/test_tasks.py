@@ -17,7 +17,7 @@ from dde_cache.scores import Baselines, Predictions
 from dde_cache.student import DualEncoder, DualEncoderOutput, Head, TowerOutput, new_student
 from dde_cache.tasks import TASKS, SingleLabel, load_task
 from dde_cache.tasks.nlvr2 import sentence_of
-from dde_cache.tasks.retrieval import Vectors, image_ranks, text_ranks
+from dde_cache.tasks.retrieval import TIE, Vectors, image_ranks, text_ranks
 from dde_cache.tasks.vqa import answer_label, answer_vocabulary, normalise, soft_scores, vqa_accuracy
 
 
@@ -48,13 +48,15 @@ def test_every_task_keeps_the_contract(name):
 
 def test_tasks_by_name():
     assert isinstance(load_task("test_tasks:Own"), Own)
-    with pytest.raises(InputError, match="expected --task classification, .*, or module:Class for your own, got 'vpa'"):
+    with pytest.raises(
+        InputError, match=r"expected --task classification, .*, or module:Class for your own, got 'vpa'"
+    ):
         load_task("vpa")
-    with pytest.raises(InputError, match="cannot be imported .*PYTHONPATH"):
+    with pytest.raises(InputError, match=r"cannot be imported .*PYTHONPATH"):
         load_task("no_such_module:Task")
     with pytest.raises(InputError, match="cannot be imported"):
         load_task("test_tasks:Missing")
-    with pytest.raises(InputError, match="expected a class derived from dde_cache.tasks.Task"):
+    with pytest.raises(InputError, match=r"expected a class derived from dde_cache\.tasks\.Task"):
         load_task("collections:Counter")
     with pytest.raises(InputError, match="cannot be made without arguments"):
         load_task("dde_cache.tasks.contract:Task")
@@ -213,11 +215,11 @@ def dense_ranks(vectors):
     """Everything against everything; an own partner comes after all foreign ones that are as near."""
     cosine = (vectors.text @ vectors.image.T).double().numpy()
     owner = vectors.owner.numpy()
-    images = [int(sum(row >= row[own])) - 1 for row, own in zip(cosine, owner, strict=True)]
+    images = [int(sum(row >= row[own] - TIE)) - 1 for row, own in zip(cosine, owner, strict=True)]
     texts = []
     for number in range(cosine.shape[1]):
         column, mine = cosine[:, number], owner == number
-        texts.append(int(sum(column[~mine] >= column[mine].max())))
+        texts.append(int(sum(column[~mine] >= column[mine].max() - TIE)))
     return images, texts
 
 
