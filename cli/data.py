@@ -12,9 +12,14 @@ from rich.table import Table
 from dde_cache.errors import InputError
 from dde_cache.importers.common import LEFT_OUT_NAME, Imported, Source, import_samples
 from dde_cache.importers.easy_vqa import easy_vqa_source
+from dde_cache.importers.emoji import emoji_source
 from dde_cache.importers.jsonl import jsonl_source
+from dde_cache.importers.karpathy import karpathy_source
 from dde_cache.importers.nlvr import nlvr_source
+from dde_cache.importers.nlvr2 import nlvr2_source
 from dde_cache.importers.shapes import shapes_source
+from dde_cache.importers.snli_ve import snli_ve_source
+from dde_cache.importers.vqav2 import vqav2_source
 
 from .console import console, errors, progress
 
@@ -27,6 +32,11 @@ class SourceName(StrEnum):
     shapes = "shapes"
     easy_vqa = "easy-vqa"
     nlvr = "nlvr"
+    vqav2 = "vqav2"
+    nlvr2 = "nlvr2"
+    snli_ve = "snli-ve"
+    karpathy = "karpathy"
+    emoji = "emoji"
     jsonl = "jsonl"
 
 
@@ -34,7 +44,22 @@ _OPTIONS_OF = {
     SourceName.shapes: ("count", "grid", "cell", "texts", "kinds", "seed"),
     SourceName.easy_vqa: (),
     SourceName.nlvr: ("from",),
+    SourceName.vqav2: ("from", "images", "annotations"),
+    SourceName.nlvr2: ("from", "images"),
+    SourceName.snli_ve: ("from", "images"),
+    SourceName.karpathy: ("from", "images"),
+    SourceName.emoji: ("from",),
     SourceName.jsonl: ("from",),
+}
+
+_FROM = {
+    SourceName.nlvr: "the folder or tar of NLVR",
+    SourceName.vqav2: "the file of questions",
+    SourceName.nlvr2: "the file of examples, such as dev.json",
+    SourceName.snli_ve: "the file of examples, such as snli_ve_dev.jsonl",
+    SourceName.karpathy: "dataset_flickr30k.json or dataset_coco.json",
+    SourceName.emoji: "the folder of captions.jsonl",
+    SourceName.jsonl: "the file of JSON lines",
 }
 
 
@@ -47,8 +72,14 @@ def group() -> None:
 def import_(
     source: SourceName = typer.Argument(help="Where the samples come from."),
     out: Path = typer.Option(..., help="Folder for the shards of one split; new, empty, or ours."),
-    split: str | None = typer.Option(None, help="train, valid, test; nlvr: dev, test, hidden; jsonl: any name."),
-    from_: Path | None = typer.Option(None, "--from", help="nlvr: the folder or tar; jsonl: the file of lines."),
+    split: str | None = typer.Option(
+        None, help="train, valid, test; nlvr: dev, test, hidden; karpathy: train, val, test, restval; else any name."
+    ),
+    from_: Path | None = typer.Option(
+        None, "--from", help="The published file, of nlvr and emoji the folder; jsonl: the file of lines."
+    ),
+    images: Path | None = typer.Option(None, help="vqav2, nlvr2, snli-ve, karpathy: pictures, a folder or a tar."),
+    annotations: Path | None = typer.Option(None, help="vqav2: the file of answers; without it, no labels."),
     count: int | None = typer.Option(None, help="shapes: pictures (1000)."),
     texts: int | None = typer.Option(None, help="shapes: questions a picture (6)."),
     kinds: str | None = typer.Option(None, help="shapes: kinds in turn, with commas (exists,row,neighbour)."),
@@ -62,6 +93,7 @@ def import_(
 ) -> None:
     """Check every sample of SOURCE and write them as shards, or list all that is wrong and write nothing."""
     given = {"from": from_, "count": count, "grid": grid, "cell": cell, "texts": texts, "seed": seed}
+    given |= {"images": images, "annotations": annotations}
     given["kinds"] = None if kinds is None else tuple(kinds.split(","))
     options = {name: value for name, value in given.items() if value is not None}
     found = _source(source, split, options)
@@ -93,13 +125,30 @@ def _source(name: SourceName, split: str | None, options: dict[str, Any]) -> Sou
     if name is SourceName.easy_vqa:
         return easy_vqa_source(split or "train")
     if "from" not in options:
-        wanted = "the folder or tar of NLVR" if name is SourceName.nlvr else "the file of JSON lines"
-        raise InputError(f"{name.value} needs --from, {wanted}")
+        raise InputError(f"{name.value} needs --from, {_FROM[name]}")
+    if "images" in _OPTIONS_OF[name] and "images" not in options:
+        raise InputError(f"{name.value} needs --images, a folder or an uncompressed tar of its pictures")
+    return _published(name, split, options)
+
+
+def _published(name: SourceName, split: str | None, options: dict[str, Any]) -> Source:
+    """A source that reads files; they were asked for."""
+    path, images = options["from"], options.get("images")
+    if name is SourceName.vqav2:
+        return vqav2_source(split, path, images, options.get("annotations"))
+    if name is SourceName.nlvr2:
+        return nlvr2_source(split, path, images)
+    if name is SourceName.snli_ve:
+        return snli_ve_source(split, path, images)
+    if name is SourceName.karpathy:
+        return karpathy_source(split or "train", path, images)
+    if name is SourceName.emoji:
+        return emoji_source(split or "train", path)
     if name is SourceName.jsonl:
-        return jsonl_source(split or "train", options["from"])
+        return jsonl_source(split or "train", path)
     if split is None:
         raise InputError("nlvr needs --split dev, test or hidden; train on hidden, validate on dev, report on test")
-    return nlvr_source(split, options["from"])
+    return nlvr_source(split, path)
 
 
 def _labels(given: str | None) -> list[str] | None:

@@ -19,6 +19,9 @@ def eval_(
     targets: str | None = typer.Option(
         None, help="Cache of these shards (folder or URL), for the agreement with the teacher."
     ),
+    task_name: str | None = typer.Option(
+        None, "--task", help="Of a teacher (classification), or module:Class of a run with a task of your own."
+    ),
     baseline: str | None = typer.Option(None, help="Training shards of the baselines; a run keeps its own."),
     batch_size: int = typer.Option(256, min=1, help="Pairs a forward pass."),
     device: str = typer.Option("cpu"),
@@ -27,7 +30,7 @@ def eval_(
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Accuracy overall and by kind of question, beside what needs no picture."""
-    loaded = load_subject(subject, device)
+    loaded = load_subject(subject, device, task_name)
     samples = open_shards(shards)
     with progress() as bar:
         task = bar.add_task(
@@ -45,3 +48,5 @@ def eval_(
         print_json(found)
     else:
         console.print(score_table(found, escape(f"{subject} on {shards}")))
+        for name, value in found.metrics.items():
+            console.print(f"{escape(name)} {value:.3f}", highlight=False)

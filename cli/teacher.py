@@ -28,6 +28,9 @@ def train(
     out: Path = typer.Option(..., help="Folder of the teacher."),
     valid: str | None = typer.Option(None, help="Shards that choose the best checkpoint."),
     init: str | None = typer.Option(None, help="ViLT checkpoint to fine-tune; without it, random weights."),
+    task_name: str | None = typer.Option(
+        None, "--task", help="classification, vqa, nlvr2, entailment, or module:Class of your own."
+    ),
     config: Path | None = typer.Option(None, help="YAML file of settings."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
     steps: int | None = typer.Option(None, help="Optimizer steps."),
@@ -42,6 +45,7 @@ def train(
         TeachConfig,
         config,
         set_,
+        task=task_name,
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,

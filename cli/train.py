@@ -10,18 +10,17 @@ from dde_cache.configs import resolve_config
 from dde_cache.errors import InputError
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.join import OnMissing
+from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
 from dde_cache.teacher import FusionTeacher
 from dde_cache.train import (
-    PRESETS,
     CachedTargets,
     OnlineTargets,
     Targets,
     TrainConfig,
     labels_only,
-    lacking_of_preset,
 )
 from dde_cache.train import train as run_train
 
@@ -43,6 +42,9 @@ def train(
         None, help="Shards that choose the best checkpoint; without it, the last is kept."
     ),
     init: str | None = typer.Option(None, help="ViLT checkpoint that both towers start from; without it, random."),
+    task_name: str | None = typer.Option(
+        None, "--task", help="classification, vqa, nlvr2, entailment, retrieval, or module:Class of your own."
+    ),
     preset: str | None = typer.Option(None, help="A published recipe: dide."),
     config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
@@ -62,19 +64,19 @@ def train(
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
     if preset is not None and preset not in PRESETS:
         raise InputError(f"expected --preset {' or '.join(PRESETS)}, got {preset!r}")
-    settings = resolve_config(
-        TrainConfig,
-        config,
-        set_,
-        PRESETS[preset] if preset else None,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        precision=precision,
-        seed=seed,
-        tail=tail,
-        workers=workers,
-    )
+    given = {
+        "task": task_name,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "seed": seed,
+        "tail": tail,
+        "workers": workers,
+    }
+    # The task may come from the file; what it begins with then stands below what the file says.
+    chosen_task = resolve_config(TrainConfig, config, set_, **given).task
+    settings = resolve_config(TrainConfig, config, set_, task_settings(chosen_task, preset), **given)
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if preset:
         for line in lacking_of_preset(preset, chosen, init):

@@ -1,7 +1,7 @@
 """Pairs -> batches of tensors, read in worker processes."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
-from dde_cache.samples import Sample, Shard
+from dde_cache.samples import Sample, Shard, Text
 from dde_cache.stream import BatchOrder, Pair, PairTable, Recent
 
 NO_LABEL = -100
@@ -33,12 +33,22 @@ class TargetSource(Protocol):
         """Return target tensors by name, one row a pair."""
 
 
+EncodeLabels = Callable[[Sequence[Text], Mapping[str, int]], Mapping[str, Tensor]]
+"""From the texts of a batch and the classes by name to tensors of their labels, one row a text."""
+
+
+def class_numbers(texts: Sequence[Text], classes: Mapping[str, int]) -> Batch:
+    """`label` [b]: the class number of each text, `NO_LABEL` where there is none or the vocabulary lacks it."""
+    numbers = [NO_LABEL if text.label is None else classes.get(text.label, NO_LABEL) for text in texts]
+    return {"label": torch.tensor(numbers)}
+
+
 class PairDataset(Dataset[Batch]):
     """Batches of pairs by number, for a `DataLoader` with a batch sampler.
 
-    A batch holds `pair` [b], `input_ids` and `attention_mask` [b, t], `pixels0` [b, c, y, x] and `grid0` [b, 2] (and
-    `pixels1`, `grid1` for samples with two images), `label` [b] (class number or `NO_LABEL`), and `target.*` where
-    there is a target source.
+    A batch holds `pair` [b], `sample` [b] (the number of the sample's first pair: equal where pictures are shared),
+    `input_ids` and `attention_mask` [b, t], `pixels0` [b, c, y, x] and `grid0` [b, 2] (and `pixels1`, `grid1` for
+    samples with two images), what `encode` makes of the labels, and `target.*` where there is a target source.
     """
 
     def __init__(
@@ -50,7 +60,9 @@ class PairDataset(Dataset[Batch]):
         targets: TargetSource | None = None,
         *,
         full_text: bool = False,
+        encode: EncodeLabels = class_numbers,
     ) -> None:
+        self._encode = encode
         self._shards = shards
         self._table = table
         self._preprocessor = preprocessor
@@ -84,12 +96,12 @@ class PairDataset(Dataset[Batch]):
         if len(images) > 1:
             raise InputError(f"expected samples with one number of images, got {sorted(images)} in one data set")
         tokens = self._preprocessor.tokens([text.text for text in texts], full=self._full_text)
-        classes = [NO_LABEL if text.label is None else self._classes.get(text.label, NO_LABEL) for text in texts]
         batch = {
             "pair": torch.tensor(numbers),
+            "sample": torch.tensor([number - pair.text for number, pair in zip(numbers, pairs, strict=True)]),
             "input_ids": tokens.ids,
             "attention_mask": tokens.mask,
-            "label": torch.tensor(classes),
+            **self._encode(texts, self._classes),
         }
         for slot in range(images.pop()):
             stacked = self._preprocessor.stack([pictures[slot] for _, pictures in read])
@@ -106,10 +118,12 @@ def _check_inputs(batch: Batch, pairs: Sequence[Pair]) -> None:
         return
     length = batch["target.token_ids"].shape[1]
     ids = (batch["input_ids"] * batch["attention_mask"])[:, :length]
-    for name, expected, got in (
-        ("tokens", batch["target.token_ids"], ids),
-        ("patch grid", batch["target.grid"], batch["grid0"]),
-    ):
+    grids = [
+        (f"patch grid{' of image 1' if slot else ''}", batch[name], batch[f"grid{slot}"])
+        for slot, name in enumerate(("target.grid", "target.grid1"))
+        if name in batch
+    ]
+    for name, expected, got in (("tokens", batch["target.token_ids"], ids), *grids):
         wrong = [0] if expected.shape != got.shape else (expected != got).any(-1).nonzero()[:, 0].tolist()
         if wrong:
             pair = pairs[wrong[0]]

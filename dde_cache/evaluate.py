@@ -12,51 +12,59 @@ from dde_cache.batches import Batch, PairDataset, check_labels, pictures_of, to_
 from dde_cache.errors import CacheError, InputError, RunError
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
-from dde_cache.scores import Baselines, EvaluationReport, predict, report
+from dde_cache.scores import Baselines, EvaluationReport
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
-from dde_cache.student import DualEncoder
+from dde_cache.student import DualEncoder, DualEncoderOutput
 from dde_cache.targets import teacher_logits
+from dde_cache.tasks import Task, is_own, load_task
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import BASELINES, MODEL, RUN, logits_of
+from dde_cache.train import BASELINES, MODEL, RUN, output_of
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a function from batches to logits, its processor, its answers, and its run's baselines."""
+    """What is evaluated: a function from batches to outputs, its task, processor, answers, and its run's baselines."""
 
     name: str
-    logits_of: Callable[[Batch], Tensor]
+    task: Task
+    output_of: Callable[[Batch], DualEncoderOutput]
     preprocessor: Preprocessor
     labels: tuple[str, ...]
     baselines: Baselines | None
 
 
-def load_subject(name: str, device: str = "cpu") -> Subject:
+def load_subject(name: str, device: str = "cpu", task: str | None = None) -> Subject:
     """Load a run of `dde-cache train`, or a teacher (folder, hub id, or `sample`).
 
+    A run knows its task, a teacher does not: without `task` it classifies. A task of the user's own must be named,
+    because a run's files may be a stranger's: what they name is never imported.
+
     Raises:
-        RunError: a run that was cut short or damaged.
+        RunError: a run that was cut short or damaged, or of another task.
         TeacherError: no teacher that can be read.
-        InputError: a teacher without a task head.
+        InputError: a teacher without a task head; or no such task.
     """
     torch_device(device)
     run = Path(name)
     if (run / MODEL).is_dir() or (run / RUN).is_file() or (run / BASELINES).is_file():
-        return _load_run(run, device)
+        return _load_run(run, device, task)
+    chosen = load_task(task or "classification")
+    if chosen.head == "similarity":
+        raise InputError(f"task {task} ranks by the vectors of a dual encoder: evaluate a run, not a teacher")
     teacher = FusionTeacher.load(name, device=device)
     if teacher.labels is None:
         raise InputError(f"{name}: expected a teacher with a task head to evaluate, got none")
 
-    def logits(batch: Batch) -> Tensor:
+    def run_teacher(batch: Batch) -> DualEncoderOutput:
         moved = to_device(batch, torch.device(device))
-        output = teacher(tokens_of(moved), pictures_of(moved), ())
-        return output.logits if output.logits is not None else torch.empty(0)
+        return DualEncoderOutput(logits=teacher(tokens_of(moved), pictures_of(moved), ()).logits)
 
-    return Subject(name, logits, teacher.preprocessor, teacher.labels, None)
+    chosen.check_answers(teacher.labels)
+    return Subject(name, chosen, run_teacher, teacher.preprocessor, teacher.labels, None)
 
 
-def _load_run(run: Path, device: str) -> Subject:
+def _load_run(run: Path, device: str, task: str | None) -> Subject:
     try:
         student = DualEncoder.from_pretrained(run / MODEL).to(device)
         baselines = Baselines.model_validate_json((run / BASELINES).read_text())
@@ -68,7 +76,12 @@ def _load_run(run: Path, device: str) -> Subject:
     shape = student.config.vilt()
     preprocessor = Preprocessor.load(run / MODEL, shape.patch_size, shape.max_position_embeddings)
     labels = tuple(student.config.id2label[number] for number in range(student.config.num_labels))
-    return Subject(str(run), logits_of(student), preprocessor, labels, baselines)
+    trained = str(student.config.task)
+    if task is None and is_own(trained):
+        raise RunError(f"{run}: trained for a task of its own, {trained}; pass --task {trained} to run that code")
+    if task is not None and task != trained:
+        raise RunError(f"{run}: expected --task {trained}, for which it was trained, got {task}")
+    return Subject(str(run), load_task(trained), output_of(student), preprocessor, labels, baselines)
 
 
 def evaluate(
@@ -94,13 +107,15 @@ def evaluate(
         InputError: labels that the subject does not know, or none at all.
         CacheError: a cache without logits, with other answers, or of other samples.
     """
-    check_labels(shards, subject.labels, "the shards")
+    task = subject.task
+    if task.closed:
+        check_labels(shards, subject.labels, "the shards")
     taught: Mapping[tuple[str, int], Tensor] | None = None
     if cache is not None:
         if cache.labels != subject.labels:
             raise CacheError(f"{cache.name}: expected the answers {subject.labels[:5]}, got {(cache.labels or ())[:5]}")
         taught = teacher_logits(cache, shards)
-    dataset = PairDataset(shards, PairTable.of(shards), subject.preprocessor, subject.labels)
-    predictions = predict(subject.logits_of, dataset, batch_size, advance=advance)
+    dataset = PairDataset(shards, PairTable.of(shards), subject.preprocessor, subject.labels, encode=task.targets)
+    predictions = task.predict(subject.output_of, dataset, batch_size, advance=advance)
     baselines = Baselines.of(baseline_shards) if baseline_shards else subject.baselines
-    return report(predictions, shards, subject.labels, baselines, taught)
+    return task.report(predictions, shards, subject.labels, baselines, taught)

@@ -5,10 +5,11 @@ image queries and P_i2t, in fp32, without a temperature.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dde_cache.attention import Attention, SparseAttention, attention_logits, mask_keys
@@ -106,3 +107,54 @@ def label_loss(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""
     known = (label >= 0).sum()
     total = nn.functional.cross_entropy(student.float(), label, reduction="sum", ignore_index=-100)
     return total / known.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss as a sum and the count that divides it, so that counts can be summed over parts of a batch."""
+
+    total: Float[Tensor, ""]
+    count: Float[Tensor, ""]
+
+    def mean(self) -> Float[Tensor, ""]:
+        """The sum over the count; 0 where nothing was counted."""
+        return self.total / self.count.clamp_min(1)
+
+
+def answer_bce(
+    student: Float[Tensor, "b c"], target: Float[Tensor, "b c"], known: Bool[Tensor, " b"] | None = None
+) -> Term:
+    """Binary cross-entropy of every answer by itself, summed over answers; counted by pairs.
+
+    That is the mean over pairs and answers, times the number of answers (ViLT and DiDE, VQAv2).
+
+    Args:
+        student: logits.
+        target: soft scores of the annotators, or the teacher's sigmoid.
+        known: pairs that have a target; None: all.
+    """
+    rows = nn.functional.binary_cross_entropy_with_logits(student.float(), target.float(), reduction="none").sum(-1)
+    known = torch.ones_like(rows, dtype=torch.bool) if known is None else known
+    return Term(torch.where(known, rows, 0.0).sum(), known.sum())
+
+
+def contrastive_loss(
+    text: Float[Tensor, "b w"], image: Float[Tensor, "b w"], scale: Float[Tensor, ""], sample: Int[Tensor, " b"]
+) -> Term:
+    """Cross-entropy of picking the own partner among the batch's, both ways, halved (CLIP, arXiv 2103.00020).
+
+    Texts of one sample share their picture: they are partners of each other's pictures, so they are left out of one
+    another's candidates, on both sides.
+
+    Args:
+        text: pooled vectors; normalised here.
+        image: those of their pictures.
+        scale: factor of the cosines.
+        sample: number of each pair's sample.
+    """
+    cosine = nn.functional.normalize(text.float(), dim=-1) @ nn.functional.normalize(image.float(), dim=-1).T
+    own = torch.eye(len(sample), dtype=torch.bool, device=sample.device)
+    twins = (sample[:, None] == sample[None]) & ~own
+    logits = (scale.float() * cosine).masked_fill(twins, torch.finfo(torch.float32).min)
+    rows = [nn.functional.cross_entropy(side, own.long().argmax(-1), reduction="sum") for side in (logits, logits.T)]
+    return Term((rows[0] + rows[1]) / 2, torch.tensor(float(len(sample)), device=sample.device))

@@ -4,7 +4,8 @@ A sample is what a tar holds under one key: one or two images and one or more te
 
     KEY.image0.png     the first image, encoded (png, jpg, jpeg or webp)
     KEY.image1.png     the second image, where there is one
-    KEY.json           {"texts": [{"text": ..., "label": ..., "kind": ..., "meta": {...}}], "meta": {...}}
+    KEY.json           {"texts": [{"text": ..., "label": ..., "answers": [...], "kind": ..., "meta": {...}}],
+                        "meta": {...}}
 
 and a folder of shards carries `shards.json`, the index that says what is inside. Only this module knows
 webdataset.
@@ -35,12 +36,16 @@ _KEY = re.compile(r"[^./\\\s]+(/[^./\\\s]+)*")
 
 
 class Text(BaseModel):
-    """One text of a sample, with its label where there is one, and the kind of question that it asks."""
+    """One text of a sample, with its label where there is one, and the kind of question that it asks.
+
+    `answers` are those of several annotators, one each and as they wrote them (VQAv2 has ten).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str = Field(min_length=1)
     label: str | None = None
+    answers: tuple[str, ...] = ()
     kind: str | None = None
     meta: dict[str, Any] = Field(default_factory=dict)
 

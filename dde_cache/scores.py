@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from dde_cache.batches import NO_LABEL, Batch, PairDataset, batch_loader
 from dde_cache.errors import InputError
-from dde_cache.samples import Shard
+from dde_cache.samples import Shard, Text
 
 OTHER_KIND = "other"
 """Where questions without a kind are counted."""
@@ -60,20 +60,25 @@ class Score(BaseModel):
 
 
 class EvaluationReport(BaseModel):
-    """What `dde-cache eval` finds: `overall`, and one score a kind of question."""
+    """What `dde-cache eval` finds: `overall`, one score a kind of question, and by name what else a task measures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     overall: Score
     kinds: dict[str, Score]
+    metrics: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits and classes of every pair of some shards, in table order."""
+    """Logits and classes of every pair of some shards, in table order.
+
+    Where answers are right by degrees, `score` is that of each largest logit; NaN for pairs without answers.
+    """
 
     logits: Float[Tensor, "n c"]
     label: Int[Tensor, " n"]
+    score: Float[Tensor, " n"] | None = None
 
 
 def predict(
@@ -93,13 +98,16 @@ def predict(
         advance: called with the number of pairs done in each batch.
     """
     order = [list(range(start, min(start + batch_size, len(dataset)))) for start in range(0, len(dataset), batch_size)]
-    logits, labels = [], []
+    logits, labels, scores = [], [], []
     with torch.inference_mode():
         for batch in batch_loader(dataset, order, workers):
             logits.append(logits_of(batch).float().cpu())
             labels.append(batch["label"])
+            if "scores" in batch:
+                chosen = batch["scores"].gather(1, logits[-1].argmax(-1, keepdim=True))[:, 0]
+                scores.append(torch.where(batch["answered"], chosen, torch.nan))
             advance(len(labels[-1]))
-    return Predictions(torch.cat(logits), torch.cat(labels))
+    return Predictions(torch.cat(logits), torch.cat(labels), torch.cat(scores) if scores else None)
 
 
 def accuracy(predictions: Predictions) -> float:
@@ -138,11 +146,11 @@ def report(
     guesses = {"accuracy": chosen}
     kinds: dict[str, list[int]] = {}
     frequent, to_question, taught = [], [], []
-    for number, (key, slot, text, kind) in enumerate(_texts(shards)):
-        kinds.setdefault(kind, []).append(number)
+    for number, (key, slot, text) in enumerate(texts_of(shards)):
+        kinds.setdefault(text.kind or OTHER_KIND, []).append(number)
         if baselines is not None:
             frequent.append(classes.get(baselines.answer or "", NO_LABEL))
-            to_question.append(classes.get(baselines.answer_to(text) or "", NO_LABEL))
+            to_question.append(classes.get(baselines.answer_to(text.text) or "", NO_LABEL))
         if teacher_logits is not None:
             logits = teacher_logits.get((key, slot))
             taught.append(NO_LABEL if logits is None else int(logits.argmax()))
@@ -163,11 +171,12 @@ def report(
     )
 
 
-def _texts(shards: Sequence[Shard]) -> Iterator[tuple[str, int, str, str]]:
+def texts_of(shards: Sequence[Shard]) -> Iterator[tuple[str, int, Text]]:
+    """Sample key, text slot and text of every pair, in table order."""
     for shard in shards:
         for sample in shard:
             for slot, text in enumerate(sample.texts):
-                yield sample.key, slot, text.text, text.kind or OTHER_KIND
+                yield sample.key, slot, text
 
 
 def _share(guess: Int[Tensor, " n"], truth: Int[Tensor, " n"], classes: int) -> float:

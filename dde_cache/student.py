@@ -3,10 +3,11 @@
 Each side is encoded alone, so that it can be computed once and stored; only the small head sees both.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,16 +18,44 @@ from transformers.models.vilt.modeling_vilt import TextEmbeddings, ViltEncoder, 
 from transformers.utils import ModelOutput
 
 from dde_cache.attention import QueryKey
+from dde_cache.errors import InputError
 from dde_cache.teacher import load_weights, read_config, resolve
 from dde_cache.vilt import capture_query_key, embed_patches, position_deviation
 
+FIRST_SCALE = math.log(1 / 0.07)
+"""Logarithm of the factor of cosine similarities at the start of a contrastive training (CLIP, arXiv 2103.00020)."""
+
+LARGEST_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a student has above its towers.
+
+    `classes`: shallow interaction and a classifier, over one or two images. `similarity`: nothing but a learned
+    temperature; the normalised pooled vectors are compared.
+    """
+
+    kind: Literal["classes", "similarity"] = "classes"
+    images: int = 1
+    task: str = "classification"
+
 
 class DualEncoderConfig(PreTrainedConfig):
-    """Shape of a dual encoder: both towers are those of a ViLT with configuration `tower`."""
+    """Shape of a dual encoder: both towers are those of a ViLT with configuration `tower`; `head` and `images` as in
+    `Head`; `task` names what it was trained for."""
 
     model_type = "dde-dual-encoder"
 
-    def __init__(self, tower: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        tower: dict[str, Any] | None = None,
+        head: str = "classes",
+        images: int = 1,
+        task: str = "classification",
+        **kwargs: Any,
+    ) -> None:
+        self.head, self.images, self.task = head, images, task
         self.tower = tower if tower is not None else ViltConfig().to_dict()
         # Hugging Face draws the weights of every linear map and embedding with this deviation, and with 0.02 where the
         # configuration does not say: far too small for narrow towers.
@@ -50,11 +79,14 @@ class TowerOutput:
 
 @dataclass
 class DualEncoderOutput(ModelOutput):
-    """Logits [b, c], and the `TowerOutput` of both sides. (Hugging Face wants every field to be optional.)"""
+    """Logits [b, c], the `TowerOutput` of both sides, and that of a second image. (Hugging Face wants every field to be
+    optional.) A head of similarities gives no logits, but `scale`, the factor of its cosines."""
 
     logits: Any = None
     text: Any = None
     image: Any = None
+    second: Any = None
+    scale: Any = None
 
 
 class _Tower(nn.Module):
@@ -116,7 +148,8 @@ class DualEncoder(PreTrainedModel):
     """Two towers, a shallow interaction and a classification head.
 
     Interaction: cat[text; image] (2w) -> Linear(2w, 2w) -> LayerNorm -> GELU -> Linear(2w, w). Head: Linear(w, 2w) ->
-    LayerNorm -> GELU -> Linear(2w, classes).
+    LayerNorm -> GELU -> Linear(2w, classes). Of two images each meets the text in the interaction, and the head reads
+    both results side by side (2w inputs; NLVR2). Students that compare pooled vectors have neither.
     """
 
     config_class = DualEncoderConfig
@@ -129,13 +162,18 @@ class DualEncoder(PreTrainedModel):
         width = shape.hidden_size
         self.text_tower = TextTower(shape)
         self.image_tower = ImageTower(shape)
-        self.fusion = _two_layers(2 * width, 2 * width, width)
-        self.head = _two_layers(width, 2 * width, config.num_labels)
+        if config.head == "similarity":
+            self.logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
+        else:
+            self.fusion = _two_layers(2 * width, 2 * width, width)
+            self.head = _two_layers(config.images * width, 2 * width, config.num_labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         deviation = self.config.initializer_range
+        if isinstance(module, DualEncoder) and module.config.head == "similarity":
+            init.constant_(module.logit_scale, FIRST_SCALE)
         if isinstance(module, (TextTower, ImageTower)):
             init.normal_(module.token_type, std=deviation)
         if isinstance(module, ImageTower):
@@ -151,6 +189,8 @@ class DualEncoder(PreTrainedModel):
         attention_mask: Int[Tensor, "b t"],
         pixel_values: Float[Tensor, "b c y x"],
         grid: Int[Tensor, "b 2"] | None = None,
+        second_pixel_values: Float[Tensor, "b c y x"] | None = None,
+        second_grid: Int[Tensor, "b 2"] | None = None,
     ) -> DualEncoderOutput:
         """Encode both sides and answer.
 
@@ -159,14 +199,29 @@ class DualEncoder(PreTrainedModel):
             attention_mask: 1 = valid.
             pixel_values: pictures, padded at the bottom and right.
             grid: patch rows and columns of each picture; without it, every picture fills the whole canvas.
+            second_pixel_values, second_grid: the same of the second pictures, for a student of two.
+
+        Raises:
+            InputError: the student reads another number of pictures.
         """
+        given = 1 if second_pixel_values is None else 2
+        if given != self.config.images:
+            raise InputError(f"expected {self.config.images} images a sample for this student, got {given}")
         text = self.text_tower(input_ids, attention_mask)
         image = self.image_tower(pixel_values, self._grid(pixel_values) if grid is None else grid)
-        return DualEncoderOutput(logits=self.answer(text.pooled, image.pooled), text=text, image=image)
+        if self.config.head == "similarity":
+            return DualEncoderOutput(text=text, image=image, scale=self.logit_scale.exp().clamp(max=LARGEST_SCALE))
+        if second_pixel_values is None:
+            return DualEncoderOutput(logits=self.answer(text.pooled, image.pooled), text=text, image=image)
+        grid = self._grid(second_pixel_values) if second_grid is None else second_grid
+        second = self.image_tower(second_pixel_values, grid, image_slot=1)
+        logits = self.answer(text.pooled, image.pooled, second.pooled)
+        return DualEncoderOutput(logits=logits, text=text, image=image, second=second)
 
-    def answer(self, text: Float[Tensor, "b w"], image: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:
-        """Logits from the pooled vectors of both sides: all that runs when they were stored."""
-        return self.head(self.fusion(torch.cat([text, image], dim=-1)))
+    def answer(self, text: Float[Tensor, "b w"], *images: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:
+        """Logits from the pooled vectors of a text and its images: all that runs when they were stored."""
+        fused = [self.fusion(torch.cat([text, image], dim=-1)) for image in images]
+        return self.head(torch.cat(fused, dim=-1))
 
     def _grid(self, pixels: Float[Tensor, "b c y x"]) -> Int[Tensor, "b 2"]:
         patch = self.config.vilt().patch_size
@@ -177,21 +232,29 @@ def _two_layers(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, outputs))
 
 
-def new_student(tower: ViltConfig, labels: Sequence[str], dropout: float = 0.0) -> DualEncoder:
-    """A student with random weights."""
+def new_student(
+    tower: ViltConfig, labels: Sequence[str], dropout: float = 0.0, head: Head | None = None
+) -> DualEncoder:
+    """A student with random weights; without a `head`, one that classifies one image."""
+    head = head or Head()
     shape = tower.to_dict() | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     for name in ("id2label", "label2id", "architectures", "transformers_version", "_name_or_path", "dtype"):
         shape.pop(name, None)
     return DualEncoder(
         DualEncoderConfig(
             tower=shape,
+            head=head.kind,
+            images=head.images,
+            task=head.task,
             id2label=dict(enumerate(labels)),
             label2id={label: number for number, label in enumerate(labels)},
         )
     )
 
 
-def student_from_vilt(checkpoint: str | Path, labels: Sequence[str], dropout: float = 0.0) -> DualEncoder:
+def student_from_vilt(
+    checkpoint: str | Path, labels: Sequence[str], dropout: float = 0.0, head: Head | None = None
+) -> DualEncoder:
     """A student whose towers both start from a ViLT checkpoint, as the paper does; the head is new.
 
     Raises:
@@ -201,7 +264,7 @@ def student_from_vilt(checkpoint: str | Path, labels: Sequence[str], dropout: fl
     config = read_config(path)
     # A checkpoint of masked language modelling has no pooler; both towers then start from the same random one.
     source = load_weights(ViltModel, path, config, optional=["pooler"])
-    student = new_student(config, labels, dropout)
+    student = new_student(config, labels, dropout, head)
     embeddings = source.embeddings
     types = embeddings.token_type_embeddings.weight
     for tower in (student.text_tower, student.image_tower):

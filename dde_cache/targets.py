@@ -24,7 +24,7 @@ from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
 from dde_cache.unit import Unit
 
 Batch = dict[str, Tensor]
-Table = Literal["first_record", "prediction"]
+Table = Literal["record", "prediction"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _OpenUnit:
 
     unit: Unit
     sample: Mapping[str, int]
-    first_record: Mapping[int, int]
+    record: Mapping[int, int]
     prediction: Mapping[int, int]
 
     def rows(self, table: Table, chunk: int) -> int:
@@ -42,7 +42,7 @@ class _OpenUnit:
 
     @cached_property
     def _counts(self) -> Mapping[str, Mapping[int, int]]:
-        tables = {"first_record": self.first_record, "prediction": self.prediction}
+        tables = {"record": self.record, "prediction": self.prediction}
         return {name: Counter(row // CHUNK_PAIRS for row in table.values()) for name, table in tables.items()}
 
     def number(self, key: str) -> int:
@@ -114,7 +114,7 @@ class CacheTargets:
 
     def _start(self) -> None:
         self._units = Recent(self._open_unit, lambda _unit: 1, self._cache.open_units)
-        self._maps: Chunks[_Place, EncodedAttention] = Chunks(self._read_maps, self._rows("first_record"))
+        self._maps: Chunks[_Place, EncodedAttention] = Chunks(self._read_maps, self._rows("record"))
         self._logits: Chunks[_Place, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
 
     def _open_unit(self, name: str) -> _OpenUnit:
@@ -122,12 +122,12 @@ class CacheTargets:
         records: Mapping[int, int] = {}
         if self._attention:
             maps = unit.maps
-            chosen = (maps.layer == self._layer) & (maps.image == 0) & (maps.view == 0) & (maps.passes == 0)
-            records = _row_of_text(maps.sample, maps.text, chosen)
+            chosen = (maps.layer == self._layer) & (maps.view == 0) & (maps.passes == 0)
+            records = _row_of_text(maps.sample, maps.text, maps.image, chosen)
         predictions: Mapping[int, int] = {}
         if unit.has_logits:
             sample, text, view, passes = (unit.array(f"predictions/{name}") for name in PREDICTION_COLUMNS)
-            predictions = _row_of_text(sample, text, (view == 0) & (passes == 0))
+            predictions = _row_of_text(sample, text, np.zeros_like(text), (view == 0) & (passes == 0))
         samples = {key: number for number, key in enumerate(unit.keys)}
         return _OpenUnit(unit, samples, records, predictions)
 
@@ -170,8 +170,8 @@ class CacheTargets:
     def _rows(self, table: Table) -> Callable[[_Place], int]:
         return lambda place: self._units(place.unit).rows(table, place.chunk)
 
-    def _members(self, pairs: Sequence[Pair], table: Table) -> Sequence[_Members]:
-        """Group pairs by the chunk in which their rows of a table lie."""
+    def _members(self, pairs: Sequence[Pair], table: Table, image: int = 0) -> Sequence[_Members]:
+        """Group pairs by the chunk in which their rows of a table lie; of maps, those of one image slot."""
         members: dict[tuple[str, int], _Members] = {}
         opened: dict[str, tuple[_OpenUnit, Mapping[int, int]]] = {}
         for number, pair in enumerate(pairs):
@@ -180,7 +180,7 @@ class CacheTargets:
                 held = self._units(name)
                 opened[name] = held, getattr(held, table)
             unit, rows = opened[name]
-            row = rows.get(_text_number(unit.number(pair.key), pair.text))
+            row = rows.get(_text_number(unit.number(pair.key), pair.text, image))
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
@@ -200,7 +200,7 @@ class CacheTargets:
             `logits` [b, c] where the cache has predictions; with attention also `token_ids` [b, t] (0 where padded),
             `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of sparse weights `index`, `weight`
             [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes of the other direction, without
-            the padded image row.
+            the padded image row. Of samples with two images, those of the second are `grid1`, `t2i1.*` and `i2t1.*`.
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
@@ -212,7 +212,9 @@ class CacheTargets:
         batch: dict[str, Tensor] = {}
         if self._cache.spec.classes is not None:
             batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
-        return batch | (self._gather_maps(pairs) if self._attention else {})
+        for image in range(self._cache.spec.images if self._attention else 0):
+            batch |= self._gather_maps(pairs, image)
+        return batch
 
     def _gather_logits(self, pairs: Sequence[Pair], classes: int) -> Float[np.ndarray, "b c"]:
         wanted = {some.place("logits"): some for some in self._members(pairs, "prediction")}
@@ -222,9 +224,9 @@ class CacheTargets:
         self._logits.taken({place: len(some.rows) for place, some in wanted.items()})
         return logits
 
-    def _gather_maps(self, pairs: Sequence[Pair]) -> Batch:
-        """Tokens, grids and both directions of a batch."""
-        members = self._members(pairs, "first_record")
+    def _gather_maps(self, pairs: Sequence[Pair], image: int) -> Batch:
+        """Tokens, grids and both directions of a batch, of one image slot."""
+        members = self._members(pairs, "record", image)
         text, grid = np.empty(len(pairs), np.int64), np.empty((len(pairs), 2), np.int64)
         ids = np.zeros((len(pairs), self._cache.spec.text_length), np.int64)
         for some in members:
@@ -232,7 +234,7 @@ class CacheTargets:
             rows = some.chunk * CHUNK_PAIRS + np.array(some.rows)
             text[some.numbers], grid[some.numbers] = columns.text_tokens[rows], columns.grid[rows]
             ids[some.numbers, : columns.token_ids.shape[1]] = columns.token_ids[rows]
-        batch = {"token_ids": torch.from_numpy(ids[:, : text.max()]), "grid": torch.from_numpy(grid)}
+        batch = {"token_ids": torch.from_numpy(ids[:, : text.max()]), slot_name("grid", image): torch.from_numpy(grid)}
         every = self._padded_queries
         texts = self._cache.spec.text_length if every else int(text.max())
         images = int(grid.prod(-1).max()) + 1
@@ -244,36 +246,43 @@ class CacheTargets:
             gathered = blank(held, len(pairs), queries, keys)
             for some, chunk in zip(members, held, strict=True):
                 fill(gathered, some.numbers, chunk, some.rows)
-            batch |= {f"{direction}.{name}": part for name, part in gathered.parts.items()}
+            batch |= {f"{slot_name(direction, image)}.{name}": part for name, part in gathered.parts.items()}
         self._maps.taken({place: len(some.rows) for place, some in wanted.items()})
         return batch
 
 
-def _row_of_text(sample: np.ndarray, text: np.ndarray, chosen: np.ndarray) -> Mapping[int, int]:
-    """The row of each text among those that are chosen, by `_text_number`."""
+def slot_name(target: str, image: int) -> str:
+    """The name of a target of an image slot: that of the first has no number."""
+    return f"{target}{image}" if image else target
+
+
+def _row_of_text(sample: np.ndarray, text: np.ndarray, image: np.ndarray, chosen: np.ndarray) -> Mapping[int, int]:
+    """The row of each text and image among those that are chosen, by `_text_number`."""
     rows = np.flatnonzero(chosen)
-    numbers = _text_number(sample[rows].astype(np.int64), text[rows].astype(np.int64))
+    numbers = _text_number(*(column[rows].astype(np.int64) for column in (sample, text, image)))
     return dict(zip(numbers.tolist(), rows.tolist(), strict=True))
 
 
-def _text_number(sample: Any, text: Any) -> Any:
-    """One number for sample and text slot (16 bits), of integers or arrays: half a million tuples are slow to keep."""
-    return sample << 16 | text
+def _text_number(sample: Any, text: Any, image: Any = 0) -> Any:
+    """One number for sample, text slot (16 bits) and image slot (1 bit), of integers or arrays: half a million tuples
+    are slow to keep."""
+    return sample << 17 | text << 1 | image
 
 
 def _rows_of(place: _Place) -> slice:
     return slice(place.chunk * CHUNK_PAIRS, (place.chunk + 1) * CHUNK_PAIRS)
 
 
-def decoded(batch: Mapping[str, Tensor], direction: str, steps: int | None) -> Attention:
+def decoded(batch: Mapping[str, Tensor], direction: str, steps: int | None, image: int = 0) -> Attention:
     """Decode one direction of a batch's targets, on whatever device they are: whole rows, or sparse ones.
 
     Args:
         batch: with the targets under `target.`.
         direction: `t2i` or `i2t`.
         steps: of the cache's specification.
+        image: slot of the image.
     """
-    parts = {name: batch[f"target.{direction}.{name}"] for name in part_names(steps)}
+    parts = {name: batch[f"target.{slot_name(direction, image)}.{name}"] for name in part_names(steps)}
     return decode(from_parts(parts, steps))
 
 

@@ -3,16 +3,24 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, ViltImageProcessorPil, ViltProcessor
+from transformers import (
+    BertTokenizer,
+    ViltConfig,
+    ViltForImagesAndTextClassification,
+    ViltForQuestionAnswering,
+    ViltImageProcessorPil,
+    ViltModel,
+    ViltProcessor,
+)
 
 from dde_cache import __version__
 from dde_cache.batches import (
-    NO_LABEL,
     Batch,
     PairDataset,
     batch_loader,
@@ -23,12 +31,14 @@ from dde_cache.batches import (
     tokens_of,
 )
 from dde_cache.errors import InputError, RunError
-from dde_cache.fit import Fit, FitResult, Losses, Progress
+from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import FitConfig, open_run
 from dde_cache.samples import Shard, Text
-from dde_cache.scores import EvaluationReport, Predictions, accuracy, predict, report
+from dde_cache.scores import EvaluationReport
 from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.student import DualEncoderOutput
+from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import load_weights, read_config, resolve, task_logits
 from dde_cache.vilt import position_deviation
 
@@ -41,6 +51,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class TeachConfig(FitConfig):
     """How a teacher is trained: the shape of a new ViLT, and the fit."""
 
+    task: str = Field(default="classification", description="a name of dde_cache.tasks, or module:Class")
     hidden_size: int = Field(default=128, ge=1)
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=4, ge=1)
@@ -85,25 +96,27 @@ def train_teacher(
         progress: hooks to show what happens.
 
     Raises:
-        InputError: no labels, or labels of `valid` that the training shards lack.
+        InputError: no labels, labels of `valid` that the training shards lack, or a task without a head.
         TeacherError: `init` cannot be used.
         RunError: see `Fit`.
     """
-    labels = sorted({text.label for text in _texts(shards) if text.label is not None})
-    if len(labels) < 2:
-        raise InputError(f"expected at least two different labels in the training shards, got {labels}")
-    check_labels(valid, labels, "validation shards")
+    task = load_task(config.task)
+    labels = _answers(shards, task, config.task)
+    if task.closed:
+        check_labels(valid, labels, "validation shards")
+    images = task.images or len(shards[0].read(shards[0].keys[0]).images)
     torch.manual_seed(config.seed)
-    vilt, preprocessor = _from_checkpoint(init, labels, config) if init else _from_scratch(shards, labels, config)
+    begun = _from_checkpoint(init, labels, config, images) if init else _from_scratch(shards, labels, config, images)
+    vilt, preprocessor = begun
     table = PairTable.of(shards)
     check_batch_size(table, config.batch_size)
-    dataset = PairDataset(shards, table, preprocessor, labels)
-    held_out = PairDataset(valid, PairTable.of(valid), preprocessor, labels)
+    dataset = PairDataset(shards, table, preprocessor, labels, encode=task.targets)
+    held_out = PairDataset(valid, PairTable.of(valid), preprocessor, labels, encode=task.targets)
 
-    def measure(model: nn.Module) -> Predictions:
+    def measure(model: nn.Module) -> Any:
         device = next(model.parameters()).device
         model.eval()
-        return predict(lambda batch: model(to_device(batch, device)), held_out)
+        return task.predict(lambda batch: _output(model, to_device(batch, device)), held_out)
 
     def save(model: nn.Module) -> None:
         model.vilt.save_pretrained(out)  # type: ignore[operator, union-attr]
@@ -117,18 +130,18 @@ def train_teacher(
     open_run(out / TRAINING, config, resume=resume)
     fit = Fit(
         JointClassifier(vilt),
-        _losses,
+        lambda model, batch: {"loss": task.hard_loss(_output(model, batch), batch).mean()},
         config,
         out / TRAINING,
-        validate=(lambda model: accuracy(measure(model))) if valid else None,
+        validate=(lambda model: task.score(measure(model))) if valid else None,
         save_best=save,
         progress=progress,
     )
     if resume:
         fit.resume()
     result = fit(loader)
-    best = JointClassifier(ViltForQuestionAnswering.from_pretrained(out))
-    score = report(measure(best), valid, labels) if valid else None
+    best = JointClassifier(_family(images).from_pretrained(out))
+    score = task.report(measure(best), valid, labels) if valid else None
     (out / "README.md").write_text(_card(config, labels, result, score, source, init))
     return TaughtTeacher(result, score)
 
@@ -151,8 +164,28 @@ class JointClassifier(nn.Module):
         return task_logits(self.vilt, tokens_of(batch), pictures_of(batch))
 
 
-def _losses(model: nn.Module, batch: Batch) -> Losses:
-    return {"loss": nn.functional.cross_entropy(model(batch).float(), batch["label"], ignore_index=NO_LABEL)}
+def _output(model: nn.Module, batch: Batch) -> DualEncoderOutput:
+    """A teacher's logits as tasks read them."""
+    return DualEncoderOutput(logits=model(batch))
+
+
+def _answers(shards: Sequence[Shard], task: Task, name: str) -> list[str]:
+    """The answers that a teacher learns.
+
+    Raises:
+        InputError: there are not two, or the task has none.
+    """
+    if task.head != "classes":
+        raise InputError(f"task {name} needs no task head: extract with any ViLT")
+    labels = task.answers(shards)
+    if len(labels) < 2:
+        raise InputError(f"expected at least two different labels in the training shards, got {labels}")
+    return labels
+
+
+def _family(images: int) -> Any:
+    """The stock model with a head over one or two images."""
+    return ViltForImagesAndTextClassification if images == 2 else ViltForQuestionAnswering
 
 
 def _texts(shards: Sequence[Shard]) -> Iterator[Text]:
@@ -164,7 +197,7 @@ def _class_names(labels: Sequence[str]) -> dict[str, dict]:
 
 
 def _from_scratch(
-    shards: Sequence[Shard], labels: Sequence[str], config: TeachConfig
+    shards: Sequence[Shard], labels: Sequence[str], config: TeachConfig, images_a_sample: int
 ) -> tuple[nn.Module, Preprocessor]:
     """A ViLT with random weights, and a word tokenizer of the training texts."""
     blank = BertTokenizer(vocab={token: number for number, token in enumerate(SPECIAL_TOKENS)}).backend_tokenizer
@@ -179,8 +212,10 @@ def _from_scratch(
     images = ViltImageProcessorPil(
         do_resize=False, size_divisor=config.patch_size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    model = ViltForQuestionAnswering(
+    model = _family(images_a_sample)(
         ViltConfig(
+            num_images=images_a_sample if images_a_sample > 1 else -1,
+            modality_type_vocab_size=images_a_sample + 1,
             vocab_size=len(vocabulary),
             hidden_size=config.hidden_size,
             num_hidden_layers=config.layers,
@@ -203,7 +238,9 @@ def _from_scratch(
     return model, Preprocessor(ViltProcessor(images, tokenizer), config.patch_size, config.text_length)
 
 
-def _from_checkpoint(init: str, labels: Sequence[str], config: TeachConfig) -> tuple[nn.Module, Preprocessor]:
+def _from_checkpoint(
+    init: str, labels: Sequence[str], config: TeachConfig, images: int
+) -> tuple[nn.Module, Preprocessor]:
     """A ViLT checkpoint; its head starts anew unless it has as many answers as ours."""
     path = resolve(init)
     shape = read_config(path)
@@ -211,7 +248,18 @@ def _from_checkpoint(init: str, labels: Sequence[str], config: TeachConfig) -> t
         {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout, **_class_names(labels)}
     )
     # A checkpoint of masked language modelling has neither of them.
-    model = load_weights(ViltForQuestionAnswering, path, shape, optional=["classifier", "vilt.pooler"])
+    optional = ["classifier", "vilt.pooler"]
+    single = images == 2 and shape.modality_type_vocab_size < 3
+    if images == 2:
+        shape.update({"num_images": 2, "modality_type_vocab_size": 3})
+    model = load_weights(
+        _family(images), path, shape, optional + ["vilt.embeddings.token_type_embeddings"] * int(single)
+    )
+    if single:
+        # The token type of a second image starts as that of the first (ViLT, NLVR2).
+        types = load_weights(ViltModel, path, read_config(path), ["pooler"]).embeddings.token_type_embeddings.weight
+        with torch.no_grad():
+            model.vilt.embeddings.token_type_embeddings.weight.copy_(types[[0, 1, 1]])
     return model, Preprocessor.load(path, shape.patch_size, shape.max_position_embeddings)
 
 

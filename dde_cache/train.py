@@ -6,11 +6,9 @@ For comparison the same procedure trains on labels only, or with the teacher run
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import ViltConfig
 
 from dde_cache import __version__
@@ -30,12 +28,13 @@ from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import open_run
 from dde_cache.samples import Shard
-from dde_cache.scores import Baselines, accuracy, predict
+from dde_cache.scores import Baselines
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import MANIFEST, Cache, write_text
 from dde_cache.stream import BatchOrder, PairTable
-from dde_cache.student import DualEncoder, new_student, student_from_vilt
+from dde_cache.student import DualEncoder, DualEncoderOutput, Head, new_student, student_from_vilt
 from dde_cache.targets import CacheTargets
+from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import read_config, resolve
 
 MODEL = "model"
@@ -43,29 +42,11 @@ RUN = "run.json"
 BASELINES = "baselines.json"
 
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "dide": {
-        "learning_rate": 1e-4,
-        "batch_size": 256,
-        "betas": (0.9, 0.98),
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "warmup": 0.1,
-        "dropout": 0.1,
-        "hard_weight": 0.0,
-        "soft_weight": 1.0,
-        "attention_weight": 1.0,
-        "queries": "all",
-        "tail": "bucket",
-    }
-}
-"""Published recipes. `dide`: arXiv 2112.08723, VQAv2 and SNLI-VE columns (NLVR2: batch 128)."""
-
-
 class RunRecord(Model):
     """`run.json`: what a run was trained on, and how it ended."""
 
     version: str
+    task: str = "classification"
     shards: str
     valid: str | None
     targets: str
@@ -84,7 +65,7 @@ def labels_only(like: str | Cache) -> LabelsOnly:
     """Take processor, answers and tower shape from a cache or from a teacher, whose weights are not opened.
 
     Raises:
-        CacheError, TeacherError: `like` is neither, or has no task head.
+        CacheError, TeacherError: `like` is neither.
     """
     if isinstance(like, Cache) or (Path(like) / MANIFEST).is_file():
         cache = like if isinstance(like, Cache) else Cache(Path(like))
@@ -95,13 +76,10 @@ def labels_only(like: str | Cache) -> LabelsOnly:
         )
     else:
         tower = read_config(resolve(like))
+        # What has no task head has the library's LABEL_0 and LABEL_1 for answers; only retrieval takes it.
         labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
         preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
-    if labels is None:
-        raise CacheError(
-            f"{like.name if isinstance(like, Cache) else like}: expected a teacher with a task head, for its answers"
-        )
-    return LabelsOnly(preprocessor, tower, labels)
+    return LabelsOnly(preprocessor, tower, labels or ())
 
 
 def tower_of(cache: Cache) -> ViltConfig:
@@ -157,19 +135,27 @@ def train(
     Raises:
         InputError, CacheError, TeacherError, RunError: the parts do not fit each other; nothing was trained.
     """
-    plan = _plan(shards, targets, config)
-    _check_pictures(shards, valid)
+    task = load_task(config.task)
+    plan = _plan(shards, targets, config, task)
+    images = _count_pictures(shards, valid, task, targets)
     for name, some in (("training shards", shards), ("validation shards", valid)):
-        check_labels(some, plan.labels, name)
+        if task.closed:
+            check_labels(some, plan.labels, name)
     torch.manual_seed(config.seed)
-    student = build_student(plan.tower, plan.labels, config, init)
+    student = build_student(plan.tower, plan.labels, config, init, Head(task.head, images, config.task))
     if config.attention_weight and not isinstance(targets, LabelsOnly):
         _check_heads(student, targets, plan)
     dataset = PairDataset(
-        shards, plan.table, plan.preprocessor, plan.labels, plan.reader, full_text=config.queries == "all"
+        shards,
+        plan.table,
+        plan.preprocessor,
+        plan.labels,
+        plan.reader,
+        full_text=config.queries == "all",
+        encode=task.targets,
     )
     check_batch_size(plan.table, config.batch_size)
-    held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels)
+    held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels, encode=task.targets)
     open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
     baselines = Baselines.of(shards)
     write_text(out / BASELINES, baselines.model_dump_json(indent=1) + "\n")
@@ -187,14 +173,14 @@ def train(
         StudentLosses(config, targets, plan.mean_heads),
         config,
         out,
-        validate=(lambda model: accuracy(predict(logits_of(model), held_out))) if valid else None,
+        validate=(lambda model: task.score(task.predict(output_of(model), held_out))) if valid else None,
         save_best=save,
         progress=progress,
     )
     if resume:
         fit.resume()
     result = fit(loader)
-    record = _record(result, plan.labels, targets, about or {})
+    record = _record(result, plan.labels, targets, about or {}, config.task)
     write_text(out / RUN, record.model_dump_json(indent=2) + "\n")
     return record
 
@@ -211,26 +197,28 @@ def _inputs(shards: Sequence[Shard], plan: _Plan, targets: Targets, init: str | 
     return {"targets": source, "init": init, "shards": names, "pairs": len(plan.table)}
 
 
-def logits_of(model: nn.Module) -> Callable[[Batch], Float[Tensor, "b c"]]:
-    """A student as a function from batches to logits, in eval mode."""
+def output_of(model: nn.Module) -> Callable[[Batch], DualEncoderOutput]:
+    """A student as a function from batches to its output, in eval mode."""
     device = next(model.parameters()).device
     model.eval()
 
-    def run(batch: Batch) -> Float[Tensor, "b c"]:
-        return student_output(model, to_device(batch, device)).logits
+    def run(batch: Batch) -> DualEncoderOutput:
+        return student_output(model, to_device(batch, device))
 
     return run
 
 
-def build_student(tower: ViltConfig, labels: Sequence[str], config: TrainConfig, init: str | None) -> DualEncoder:
+def build_student(
+    tower: ViltConfig, labels: Sequence[str], config: TrainConfig, init: str | None, head: Head
+) -> DualEncoder:
     """A new student, with towers from `init` or random.
 
     Raises:
         TeacherError: `init` is no ViLT, or its towers would read other tokens or patches than the teacher.
     """
     if init is None:
-        return new_student(tower, labels, config.dropout)
-    student = student_from_vilt(init, labels, config.dropout)
+        return new_student(tower, labels, config.dropout, head)
+    student = student_from_vilt(init, labels, config.dropout, head)
     shape = student.config.vilt()
     wrong = [
         f"{name}: expected {getattr(tower, name)}, got {getattr(shape, name)}"
@@ -244,21 +232,38 @@ def build_student(tower: ViltConfig, labels: Sequence[str], config: TrainConfig,
     return student
 
 
-def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Plan:
+def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
+    """The answers that a student's head has: the teacher's, or none where the task has no classifier.
+
+    Raises:
+        InputError: the teacher's are not the task's.
+        TeacherError: it has none.
+    """
+    if task.head == "similarity":
+        return ()
+    if not labels:
+        raise TeacherError("expected a teacher with a task head, whose answers the student learns")
+    task.check_answers(labels)
+    return tuple(labels)
+
+
+def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task) -> _Plan:
     """Settle what to read, and refuse what the targets do not have.
 
     Raises:
         CacheError: the cache lacks rows, layers, logits or samples that the configuration asks for.
-        TeacherError: the online teacher has no task head.
+        TeacherError: the teacher has no task head.
+        InputError: its answers are not the task's, or the task has no soft labels to give weight to.
     """
     if isinstance(targets, LabelsOnly):
-        table = PairTable.of(shards)
-        return _Plan(targets.preprocessor, targets.tower, targets.labels, table, None, False)
+        labels = _answers(targets.labels, task)
+        return _Plan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False)
+    if config.soft_weight and not task.soft:
+        raise InputError(f"task {config.task} has no soft labels; train with --set soft_weight=0")
     if isinstance(targets, OnlineTargets):
         teacher = targets.teacher
-        if teacher.labels is None:
-            raise TeacherError("expected an online teacher with a task head, whose answers the student learns")
-        return _Plan(teacher.preprocessor, teacher.config, teacher.labels, PairTable.of(shards), None, False)
+        labels = _answers(teacher.labels, task)
+        return _Plan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, False)
     cache, spec = targets.cache, targets.cache.spec
     lacking = []
     layer = config.layer if config.layer is not None else spec.layers[-1] if spec.layers else 0
@@ -272,9 +277,9 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Pl
         lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
     if config.soft_weight and spec.classes is None:
         lacking.append("logits: its teacher has no task head, or they were cut away; train with --set soft_weight=0")
-    if cache.labels is None:
+    if cache.labels is None and task.head == "classes":
         lacking.append("the answers that the student's head should have")
-    if lacking or cache.labels is None:
+    if lacking:
         raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
     reader = None
     table = join(shards, cache, targets.on_missing).table
@@ -283,15 +288,28 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Pl
             cache, shards, layer, attention=config.attention_weight > 0, padded_queries=config.queries == "all"
         )
     tower = tower_of(cache)
-    return _Plan(cache.preprocessor(), tower, cache.labels, table, reader, spec.heads == "mean")
+    return _Plan(cache.preprocessor(), tower, _answers(cache.labels, task), table, reader, spec.heads == "mean")
 
 
-def _check_pictures(shards: Sequence[Shard], valid: Sequence[Shard]) -> None:
-    """Refuse samples with two images: this student's head reads one."""
+def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task, targets: Targets) -> int:
+    """How many images a sample has.
+
+    Raises:
+        InputError: the shards differ, or have another number than the task or the teacher.
+    """
+    expected = task.images
+    if not isinstance(targets, LabelsOnly):
+        cached = isinstance(targets, CachedTargets)
+        expected = expected or (targets.cache.spec.images if cached else targets.teacher.images)  # type: ignore[union-attr]
     for shard in (*shards, *valid):
-        images = len(shard.read(shard.keys[0]).images)
-        if images != 1:
-            raise InputError(f"{shard.path}: expected samples with one image, got {images}; this student reads one")
+        found = len(shard.read(shard.keys[0]).images)
+        expected = expected or found
+        if found != expected:
+            raise InputError(
+                f"{shard.path}: expected samples with {expected} image{'s' if expected > 1 else ''} for this task and "
+                f"teacher, got {found}"
+            )
+    return expected or 1
 
 
 def _check_heads(student: DualEncoder, targets: Targets, plan: _Plan) -> None:
@@ -306,25 +324,12 @@ def _check_heads(student: DualEncoder, targets: Targets, plan: _Plan) -> None:
         )
 
 
-def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[str]:
-    """What keeps a run from following a published recipe to the letter, in words.
-
-    Raises:
-        InputError: the recipe needs `--init`.
-    """
-    if preset not in PRESETS:
-        raise InputError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}")
-    if init is None:
-        raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
-    lacking = ["random augmentation (RandAugment): the targets hold one view of each sample"]
-    if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
-        lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
-    return lacking
-
-
-def _record(result: FitResult, labels: Sequence[str], targets: Targets, about: Mapping[str, str | None]) -> RunRecord:
+def _record(
+    result: FitResult, labels: Sequence[str], targets: Targets, about: Mapping[str, str | None], task: str
+) -> RunRecord:
     return RunRecord(
         version=__version__,
+        task=task,
         shards=about.get("shards") or "",
         valid=about.get("valid"),
         targets=about.get("targets") or "",

@@ -11,6 +11,7 @@ from dde_cache.distill import CachedTargets, TrainConfig
 from dde_cache.errors import RunError
 from dde_cache.fit import Fit, Progress, rate_at
 from dde_cache.runs import FitConfig, open_run
+from dde_cache.tasks import SingleLabel
 from dde_cache.train import train
 
 STEPS = 9  # three batches an epoch: steps 4 and 8 are inside one
@@ -100,7 +101,7 @@ def test_validation_chooses_the_best(shards, targets, tmp_path, monkeypatch):
     """Scripted accuracies at steps 3, 6, 9: a tie goes to the later one, a fall changes nothing."""
     saved = {}
     accuracies = iter([0.5, 0.5, 0.2])
-    monkeypatch.setattr(training, "accuracy", lambda predictions: next(accuracies))
+    monkeypatch.setattr(SingleLabel, "score", lambda self, predictions: next(accuracies))
     original = training.DualEncoder.save_pretrained
 
     def save(model, folder, **options):

@@ -21,11 +21,12 @@ from dde_cache.distill import (
 from dde_cache.errors import CacheError, DdeCacheError, InputError, RunError, TeacherError
 from dde_cache.losses import dense_kl, log_attention, soft_label_loss
 from dde_cache.preprocess import TokenBatch
+from dde_cache.presets import PRESETS, lacking_of_preset
 from dde_cache.store import Cache
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import PRESETS, labels_only, lacking_of_preset, train
+from dde_cache.train import labels_only, train
 from dde_cache.vilt import capture_query_key
 
 LAYER = 2
@@ -315,7 +316,8 @@ def test_what_the_cache_lacks(shards, caches, save_teacher, tmp_path):
     refused(CacheError, r"layer 0: it has \[2\]", lambda: run(shards, cached, tmp_path / "a", layer=0))
     bare = make_cache(shards, save_teacher(transformers.ViltModel), tmp_path / "bare")
     refused(CacheError, "its teacher has no task head", lambda: run(shards, CachedTargets(bare), tmp_path / "b"))
-    refused(CacheError, "expected a teacher with a task head", lambda: labels_only(str(tmp_path / "bare")))
+    lacking = labels_only(str(tmp_path / "bare"))
+    refused(TeacherError, "expected a teacher with a task head", lambda: run(shards, lacking, tmp_path / "c"))
 
 
 def test_labels_that_the_teacher_does_not_know(caches, tmp_path):

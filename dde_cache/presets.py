@@ -1,0 +1,52 @@
+"""Settings that a task or a published recipe begins with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dde_cache.distill import CachedTargets, Targets
+from dde_cache.errors import InputError
+from dde_cache.tasks import load_task
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "dide": {
+        "learning_rate": 1e-4,
+        "batch_size": 256,
+        "betas": (0.9, 0.98),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "warmup": 0.1,
+        "dropout": 0.1,
+        "hard_weight": 0.0,
+        "soft_weight": 1.0,
+        "attention_weight": 1.0,
+        "queries": "all",
+        "tail": "bucket",
+    }
+}
+"""Published recipes. `dide`: arXiv 2112.08723, what all tasks share; each task adds its own (`Task.dide`)."""
+
+
+def task_settings(name: str, preset: str | None = None) -> Mapping[str, Any]:
+    """The settings that a task, and a published recipe of it, begin with.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    task = load_task(name)
+    return {**task.settings, **({**PRESETS[preset], **task.dide} if preset else {}), "task": name}
+
+
+def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[str]:
+    """What keeps a run from following a published recipe to the letter, in words.
+
+    Raises:
+        InputError: the recipe needs `--init`.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}")
+    if init is None:
+        raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
+    lacking = ["random augmentation (RandAugment): the targets hold one view of each sample"]
+    if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
+        lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
+    return lacking
