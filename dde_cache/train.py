@@ -28,15 +28,17 @@ from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
+from dde_cache.replay import check_first_views, lacking_views, order_in_views
 from dde_cache.runs import open_run
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines, accuracy, predict
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import MANIFEST, Cache, write_text
-from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder, new_student, student_from_vilt
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import read_config, resolve
+from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
 
 MODEL = "model"
 RUN = "run.json"
@@ -88,11 +90,7 @@ def labels_only(like: str | Cache) -> LabelsOnly:
     """
     if isinstance(like, Cache) or (Path(like) / MANIFEST).is_file():
         cache = like if isinstance(like, Cache) else Cache(Path(like))
-        tower, labels, preprocessor = (
-            tower_of(cache),
-            cache.labels,
-            cache.preprocessor(),
-        )
+        tower, labels, preprocessor = tower_of(cache), cache.labels, cache.preprocessor()
     else:
         tower = read_config(resolve(like))
         labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
@@ -127,6 +125,8 @@ class _Plan:
     table: PairTable
     reader: CacheTargets | None
     mean_heads: bool
+    recipe: ViewRecipe | None = None
+    views: int = 1
 
 
 def train(
@@ -157,6 +157,8 @@ def train(
     Raises:
         InputError, CacheError, TeacherError, RunError: the parts do not fit each other; nothing was trained.
     """
+    if config.remap_flips and not isinstance(targets, CachedTargets):
+        raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
     plan = _plan(shards, targets, config)
     _check_pictures(shards, valid)
     for name, some in (("training shards", shards), ("validation shards", valid)):
@@ -165,10 +167,14 @@ def train(
     student = build_student(plan.tower, plan.labels, config, init)
     if config.attention_weight and not isinstance(targets, LabelsOnly):
         _check_heads(student, targets, plan)
+    sides, full_text = 1 + config.remap_flips, config.queries == "all"
+    table = plan.table.in_views(plan.views, sides)
     dataset = PairDataset(
-        shards, plan.table, plan.preprocessor, plan.labels, plan.reader, full_text=config.queries == "all"
+        shards, table, plan.preprocessor, plan.labels, plan.reader, full_text=full_text, recipe=plan.recipe
     )
     check_batch_size(plan.table, config.batch_size)
+    if isinstance(targets, CachedTargets):
+        check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
     held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels)
     open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
     baselines = Baselines.of(shards)
@@ -179,7 +185,7 @@ def train(
         plan.preprocessor.save(out / MODEL)
 
     def loader(step: int) -> Iterable[Batch]:
-        order = BatchOrder(plan.table, config.shuffle(), config.batch_size, step, config.steps)
+        order = order_in_views(plan.table, plan.views, config, step, config.steps, sides)
         return batch_loader(dataset, order, config.workers)
 
     fit = Fit(
@@ -250,6 +256,7 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Pl
     Raises:
         CacheError: the cache lacks rows, layers, logits or samples that the configuration asks for.
         TeacherError: the online teacher has no task head.
+        InputError: the cache has views of a recipe that this version does not know.
     """
     if isinstance(targets, LabelsOnly):
         table = PairTable.of(shards)
@@ -274,14 +281,16 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig) -> _Pl
         lacking.append("the answers that the student's head should have")
     if lacking or cache.labels is None:
         raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
+    recipe = parse_recipe(spec.view)
     reader = None
     table = join(shards, cache, targets.on_missing).table
     if config.attention_weight or config.soft_weight:
+        every, drift = config.queries == "all", targets.allow_pixel_drift
         reader = CacheTargets(
-            cache, shards, layer, attention=config.attention_weight > 0, padded_queries=config.queries == "all"
+            cache, shards, layer, attention=config.attention_weight > 0, padded_queries=every, allow_drift=drift
         )
-    tower = tower_of(cache)
-    return _Plan(cache.preprocessor(), tower, cache.labels, table, reader, spec.heads == "mean")
+    tower, mean_heads = tower_of(cache), spec.heads == "mean"
+    return _Plan(cache.preprocessor(), tower, cache.labels, table, reader, mean_heads, recipe, spec.views)
 
 
 def _check_pictures(shards: Sequence[Shard], valid: Sequence[Shard]) -> None:
@@ -314,7 +323,7 @@ def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[s
         raise InputError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}")
     if init is None:
         raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
-    lacking = ["random augmentation (RandAugment): the targets hold one view of each sample"]
+    lacking = lacking_views(targets.cache.spec.view if isinstance(targets, CachedTargets) else AS_PROCESSED)
     if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
         lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
     return lacking
