@@ -16,6 +16,7 @@ from dde_cache.identity import STEPS
 from dde_cache.plan import SAMPLE, ExtractPlan
 from dde_cache.samples import open_shards
 from dde_cache.spec import UnitEntry
+from dde_cache.views import DEFAULT_RECIPE, RECIPES
 
 from .console import console, errors, print_json, progress
 
@@ -39,6 +40,10 @@ def extract(
     heads: str | None = typer.Option(None, help="all or mean. Default all."),
     queries: str | None = typer.Option(None, help="valid, or all (the published recipe's padded rows too)."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16: in which the teacher runs."),
+    views: int | None = typer.Option(None, help="Augmented views of each sample. Default 1."),
+    view_recipe: str | None = typer.Option(
+        None, help=f"How views are drawn: {', '.join(RECIPES)}. Default with --views: {DEFAULT_RECIPE}."
+    ),
     batch_size: int | None = typer.Option(None, help="Pairs a forward pass. Default 64."),
     workers: int | None = typer.Option(None, help="Processes that read ahead. Default 0."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, ... Default cpu."),
@@ -66,6 +71,8 @@ def extract(
         heads=heads,
         queries=queries,
         dtype=dtype,
+        views=views,
+        view=view_recipe,
         batch_size=batch_size,
         workers=workers,
         device=device,
@@ -133,7 +140,7 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
 def _plan_table(plan: ExtractPlan, out: Path) -> Table:
     table = Table(title=escape(f"extraction into {out}"), show_header=False)
     rows = {
-        "pairs to extract": f"{plan.pairs:,} in {plan.units:,} units",
+        "pairs to extract": f"{plan.pairs:,} in {plan.units:,} units{_in_views(plan.views)}",
         "pairs in finished units": f"{plan.finished_pairs:,}",
         "size": f"{plan.bytes / 1e6:,.1f} MB, {plan.bytes_a_pair:,.0f} bytes a pair",
         "time": f"{_duration(plan.seconds)} ({plan.pairs_a_second:,.1f} pairs/s)",
@@ -143,6 +150,10 @@ def _plan_table(plan: ExtractPlan, out: Path) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _in_views(views: int) -> str:
+    return "" if views == 1 else f", {views} views of each"
 
 
 def _duration(seconds: float) -> str:
@@ -155,7 +166,8 @@ def _summary_table(summary: ExtractSummary, out: Path) -> Table:
     table = Table(title=escape(f"targets in {out}"), show_header=False)
     rate = summary.pairs / summary.seconds
     rows = {
-        "pairs extracted": f"{summary.pairs:,} in {summary.seconds:.1f} s ({rate:,.0f} pairs/s)",
+        "pairs extracted": f"{summary.pairs:,}{_in_views(summary.views)} in {summary.seconds:.1f} s "
+        f"({rate:,.0f} pairs/s)",
         "pairs in finished units": f"{summary.skipped_pairs:,}",
         "units": f"{summary.units:,}",
         "kept mass": "-" if summary.kept_mass is None else f"{summary.kept_mass:.4f}",

@@ -1,13 +1,15 @@
 """`dde-cache train`."""
 
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 from rich.markup import escape
 
 from dde_cache.configs import resolve_config
-from dde_cache.errors import InputError
+from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.join import OnMissing
 from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
@@ -56,6 +58,12 @@ def train(
     seed: int | None = typer.Option(None),
     tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
     workers: int | None = typer.Option(None, help="Processes that read ahead."),
+    remap_flips: bool = typer.Option(
+        False, "--remap-flips", help="Mirror every other picture, and its stored maps with it: an approximation."
+    ),
+    allow_pixel_drift: bool = typer.Option(
+        False, "--allow-pixel-drift", help="Go on where views are drawn with other pixels than the teacher saw."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
     cache_dir: Path | None = CACHE_DIR,
     cache_limit: str | None = CACHE_LIMIT,
@@ -73,16 +81,22 @@ def train(
         "seed": seed,
         "tail": tail,
         "workers": workers,
+        "remap_flips": remap_flips or None,
     }
     # The task may come from the file; what it begins with then stands below what the file says.
     chosen_task = resolve_config(TrainConfig, config, set_, **given).task
     settings = resolve_config(TrainConfig, config, set_, task_settings(chosen_task, preset), **given)
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
+    if allow_pixel_drift and isinstance(chosen, CachedTargets):
+        chosen = replace(chosen, allow_pixel_drift=True)
     if preset:
         for line in lacking_of_preset(preset, chosen, init):
             errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
-    with progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}") as bar:
+    columns = ("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
+    with warnings.catch_warnings(), progress(*columns) as bar:
+        warnings.simplefilter("always", PixelDriftWarning)
+        warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
         task = bar.add_task("train", total=settings.steps, visible=False, loss="-", valid="-", wait="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:

@@ -89,7 +89,8 @@ def unit_members(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str,
         _put(predictions, "logits", arrays.logits.astype(np.float32), CHUNK_PAIRS)
     for path, values in arrays.further.items():
         group, _, name = path.rpartition("/")
-        _put(root.require_group(group), name, values, CHUNK_PAIRS)
+        # Short rows of a group that we know; of others nothing is known.
+        _put(root.require_group(group), name, values, 2**16 if group == "views" else CHUNK_PAIRS)
     return {name: value.to_bytes() for name, value in store._store_dict.items()}
 
 

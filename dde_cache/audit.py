@@ -12,7 +12,7 @@ import numpy as np
 
 from dde_cache.bounds import inconsistent, unsafe
 from dde_cache.errors import CacheError
-from dde_cache.layout import array_names
+from dde_cache.layout import KNOWN_GROUPS, VIEW_COLUMNS, array_names
 from dde_cache.spec import hash_keys
 from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import MapColumns, Unit
@@ -71,6 +71,8 @@ def audit(unit: Unit) -> Iterator[Problem]:
         yield from _read(_maps, unit, "checksum")
     if unit.has_logits:
         yield from _read(_predictions, unit, "checksum")
+    if "views" in unit.attributes.groups:
+        yield from _read(_views, unit, "checksum")
 
 
 def _read(check: Callable[[Unit], Iterator[Problem]], unit: Unit, kind: Kind) -> Iterator[Problem]:
@@ -88,7 +90,7 @@ def _short(error: CacheError, unit: Unit) -> str:
 
 def _members(unit: Unit) -> Iterator[Problem]:
     """Checksums of the zip, and members that no array has. Groups that are not required may hold anything."""
-    blocks, optional = unit.blocks, set(unit.attributes.groups) - {"samples", "maps", "predictions"}
+    blocks, optional = unit.blocks, set(unit.attributes.groups) - KNOWN_GROUPS
     expected = {"zarr.json"}
     for name in array_names(unit.attributes):
         parts = name.split("/")
@@ -140,6 +142,7 @@ def _samples(unit: Unit) -> Iterator[Problem]:
 def _maps(unit: Unit) -> Iterator[Problem]:
     maps = unit.maps
     yield from _order(unit, [maps.sample, maps.text, maps.view, maps.passes, maps.image, maps.layer], "maps")
+    yield from _outside(unit, maps.view, maps.passes, maps.image, "maps")
     yield from _layers(unit, maps)
     if _pairs(maps.sample, maps.text) != unit.attributes.pairs:
         yield Problem("counts", f"expected maps of {unit.attributes.pairs} pairs, got {_pairs(maps.sample, maps.text)}")
@@ -166,6 +169,14 @@ def _order(unit: Unit, columns: list[np.ndarray], table: str) -> Iterator[Proble
     outside = int((columns[0] >= unit.attributes.samples).sum())
     if outside:
         yield Problem("records", f"{table}: records of no sample", outside)
+
+
+def _outside(unit: Unit, view: np.ndarray, passes: np.ndarray, image: np.ndarray, table: str) -> Iterator[Problem]:
+    """Views, passes and images are numbers below those of the specification."""
+    spec = unit.attributes.spec
+    outside = int(((view >= spec.views) | (passes >= len(spec.passes)) | (image >= spec.images)).sum())
+    if outside:
+        yield Problem("records", f"{table}: of a view, pass or image that the specification does not have", outside)
 
 
 def _layers(unit: Unit, maps: MapColumns) -> Iterator[Problem]:
@@ -212,6 +223,7 @@ def _attention(unit: Unit, maps: MapColumns, direction: str) -> Iterator[Problem
 def _predictions(unit: Unit) -> Iterator[Problem]:
     columns = [unit.array(f"predictions/{name}") for name in ("sample", "text", "view", "pass")]
     yield from _order(unit, columns, "predictions")
+    yield from _outside(unit, columns[2], columns[3], np.zeros_like(columns[3]), "predictions")
     if _pairs(columns[0], columns[1]) != unit.attributes.pairs:
         yield Problem("counts", f"expected logits of {unit.attributes.pairs} pairs, got {_pairs(*columns[:2])}")
     infinite = 0
@@ -224,3 +236,15 @@ def _predictions(unit: Unit) -> Iterator[Problem]:
         infinite += int((~np.isfinite(logits)).any(-1).sum())
     if infinite:
         yield Problem("logits", "predictions/logits: not finite", infinite)
+
+
+def _views(unit: Unit) -> Iterator[Problem]:
+    """Every picture of every sample in every view, once and in order; any eight bytes are a hash."""
+    spec = unit.attributes.spec
+    columns = [unit.array(f"views/{name}").astype(np.int64) for name in VIEW_COLUMNS]
+    yield from _order(unit, columns, "views")
+    yield from _outside(unit, columns[2], np.zeros_like(columns[2]), columns[1], "views")
+    expected = unit.attributes.samples * spec.images * spec.views
+    if len(columns[0]) != expected:
+        yield Problem("records", f"views: expected {expected:,} rows, got {len(columns[0]):,}")
+    unit.array("views/pixels")

@@ -2,23 +2,30 @@
 
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
 from dde_cache.samples import Sample, Shard, Text
+from dde_cache.spec import HASH_BYTES
 from dde_cache.stream import BatchOrder, Pair, PairTable, Recent
+from dde_cache.views import ViewRecipe, pixel_hash
 
 NO_LABEL = -100
 """The class number of a text without a label; torch's losses ignore it."""
 
 PICTURE_BUDGET = 256 * 2**20
-"""Bytes of processed pictures that one worker keeps, so that a picture is decoded once for its texts."""
+"""Bytes of processed pictures that one worker keeps, so that a picture is processed once for its texts."""
+
+DECODED_BUDGET = 32 * 2**20
+"""Bytes of decoded pictures that one worker keeps, so that a picture is decoded once for its views."""
 
 Batch = dict[str, Tensor]
 
@@ -28,6 +35,9 @@ class TargetSource(Protocol):
 
     def check(self, shard: int, sample: Sample) -> None:
         """Refuse a sample that is not the one that the teacher saw."""
+
+    def check_pixels(self, shard: int, key: str, view: int, levels: Callable[[], Sequence[np.ndarray]]) -> None:
+        """Refuse a view whose pixels (8 bits, by image slot) are not those that the teacher saw."""
 
     def targets(self, pairs: Sequence[Pair]) -> Mapping[str, Tensor]:
         """Return target tensors by name, one row a pair."""
@@ -43,12 +53,32 @@ def class_numbers(texts: Sequence[Text], classes: Mapping[str, int]) -> Batch:
     return {"label": torch.tensor(numbers)}
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A view of a sample: its processed pictures by image slot, and the hashes of their pixels where they are asked."""
+
+    sample: Sample
+    pixels: tuple[np.ndarray, ...]
+    hashes: np.ndarray
+
+
 class PairDataset(Dataset[Batch]):
     """Batches of pairs by number, for a `DataLoader` with a batch sampler.
 
     A batch holds `pair` [b], `sample` [b] (the number of the sample's first pair: equal where pictures are shared),
     `input_ids` and `attention_mask` [b, t], `pixels0` [b, c, y, x] and `grid0` [b, 2] (and `pixels1`, `grid1` for
     samples with two images), what `encode` makes of the labels, and `target.*` where there is a target source.
+
+    Args:
+        shards: where the samples are.
+        table: pairs by number, with the views that they are in.
+        preprocessor: of the teacher.
+        labels: answers in the order of their class numbers.
+        targets: where targets come from.
+        full_text: pad every text to the text length.
+        encode: makes tensors of the labels.
+        recipe: how views are drawn; None: pictures as processed.
+        hashes: with a recipe, also give `pixel_hashes` [b, image slots, 8], uint8.
     """
 
     def __init__(
@@ -61,27 +91,54 @@ class PairDataset(Dataset[Batch]):
         *,
         full_text: bool = False,
         encode: EncodeLabels = class_numbers,
+        recipe: ViewRecipe | None = None,
+        hashes: bool = False,
     ) -> None:
         self._encode = encode
+        self._recipe, self._hashes = recipe, hashes and recipe is not None
         self._shards = shards
         self._table = table
         self._preprocessor = preprocessor
         self._classes = {label: number for number, label in enumerate(labels)}
         self._targets = targets
         self._full_text = full_text
-        self._pictures = Recent(self._read, lambda held: sum(p.nbytes for p in held[1]), PICTURE_BUDGET)
+        self._pictures = Recent(self._draw, lambda held: sum(p.nbytes for p in held.pixels), PICTURE_BUDGET)
+        self._decoded = Recent(self._read, lambda held: sum(3 * p.width * p.height for p in held[1]), DECODED_BUDGET)
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def _read(self, place: tuple[int, str]) -> tuple[Sample, tuple[np.ndarray, ...]]:
+    def _read(self, place: tuple[int, str]) -> tuple[Sample, tuple[Image, ...]]:
+        """Read a sample and decode its pictures."""
         sample = self._shards[place[0]].read(place[1])
         if self._targets is not None:
             self._targets.check(place[0], sample)
         try:
-            return sample, tuple(self._preprocessor.pixels(image.decode()) for image in sample.images)
+            return sample, tuple(image.decode() for image in sample.images)
         except InputError as error:
             raise InputError(f"{self._shards[place[0]].path}, sample {sample.key!r}: {error}") from error
+
+    def _draw(self, place: tuple[int, str, int, bool]) -> _Drawn:
+        """Draw a view of a sample."""
+        shard, key, view, mirrored = place
+        # Without views nothing comes twice: the decoded picture would only take room.
+        sample, images = self._read((shard, key)) if self._recipe is None else self._decoded((shard, key))
+        if self._recipe is not None:
+            images = tuple(self._recipe(image, key, view, slot) for slot, image in enumerate(images))
+        try:
+            pixels = tuple(self._preprocessor.pixels(image) for image in images)
+        except InputError as error:
+            raise InputError(f"{self._shards[shard].path}, sample {key!r}: {error}") from error
+
+        def levels() -> list[np.ndarray]:
+            return [self._preprocessor.levels(picture) for picture in pixels]
+
+        if self._targets is not None and self._recipe is not None:
+            self._targets.check_pixels(shard, key, view, levels)
+        if mirrored:
+            pixels = tuple(np.ascontiguousarray(picture[..., ::-1]) for picture in pixels)
+        hashes = [np.frombuffer(pixel_hash(picture), np.uint8) for picture in (levels() if self._hashes else ())]
+        return _Drawn(sample, pixels, np.stack(hashes) if hashes else np.empty((0, HASH_BYTES), np.uint8))
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Read one batch.
@@ -90,9 +147,9 @@ class PairDataset(Dataset[Batch]):
             InputError: a sample cannot be read, or the samples of the batch differ in their number of images.
         """
         pairs = [self._table[number] for number in numbers]
-        read = [self._pictures((pair.shard, pair.key)) for pair in pairs]
-        texts = [sample.texts[pair.text] for (sample, _), pair in zip(read, pairs, strict=True)]
-        images = {len(pictures) for _, pictures in read}
+        drawn = [self._pictures((pair.shard, pair.key, pair.view, pair.mirrored)) for pair in pairs]
+        texts = [one.sample.texts[pair.text] for one, pair in zip(drawn, pairs, strict=True)]
+        images = {len(one.pixels) for one in drawn}
         if len(images) > 1:
             raise InputError(f"expected samples with one number of images, got {sorted(images)} in one data set")
         tokens = self._preprocessor.tokens([text.text for text in texts], full=self._full_text)
@@ -104,8 +161,10 @@ class PairDataset(Dataset[Batch]):
             **self._encode(texts, self._classes),
         }
         for slot in range(images.pop()):
-            stacked = self._preprocessor.stack([pictures[slot] for _, pictures in read])
+            stacked = self._preprocessor.stack([one.pixels[slot] for one in drawn])
             batch |= {f"pixels{slot}": stacked.pixels, f"grid{slot}": stacked.grid}
+        if self._hashes:
+            batch["pixel_hashes"] = torch.from_numpy(np.stack([one.hashes for one in drawn]))
         if self._targets is not None:
             batch |= {f"target.{name}": value for name, value in self._targets.targets(pairs).items()}
             _check_inputs(batch, pairs)

@@ -40,6 +40,9 @@ class TrainConfig(FitConfig):
     )
     layer: int | None = Field(default=None, ge=0, description="the cache's layer to learn from; null: its last")
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    remap_flips: bool = Field(
+        default=False, description="mirror every other picture, and its stored maps with it: an approximation"
+    )
 
     @model_validator(mode="after")
     def _check_weights(self) -> "TrainConfig":
@@ -59,10 +62,11 @@ class LabelsOnly:
 
 @dataclass(frozen=True)
 class CachedTargets:
-    """Stream the targets from a cache."""
+    """Stream the targets from a cache; where it has views, on their pixels, or with `allow_pixel_drift` on others."""
 
     cache: Cache
     on_missing: OnMissing = "error"
+    allow_pixel_drift: bool = False
 
 
 @dataclass(frozen=True)

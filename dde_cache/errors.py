@@ -19,6 +19,14 @@ class CacheError(DdeCacheError):
     """A cache that is damaged, incomplete, or made from something else than what it is used with."""
 
 
+class PixelDrift(CacheError):
+    """A view is drawn with other pixels here than the teacher saw."""
+
+
+class PixelDriftWarning(UserWarning):
+    """The same, where it was allowed."""
+
+
 class RunError(DdeCacheError):
     """A training run that cannot start, resume or be evaluated."""
 

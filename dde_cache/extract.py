@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from dde_cache.batches import Batch, PairDataset, batch_loader, torch_device
+from dde_cache.batches import Batch, batch_loader, torch_device
 from dde_cache.card import close_with_card
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
 from dde_cache.interrupt import FinishStep
 from dde_cache.plan import SAMPLE, ExtractPlan, Prediction, check_room, free_bytes, generous_bytes, predict
-from dde_cache.records import Records, TargetEncoder, assemble, unit_attributes
+from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, places, unit_attributes
 from dde_cache.samples import Shard
 from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry
 from dde_cache.store import UNITS, CacheWriter, manifest_to_continue
@@ -25,7 +25,7 @@ from dde_cache.unit import SUFFIX, Unit, UnitArrays, write_unit
 
 @dataclass
 class ExtractProgress:
-    """What callers may want to show while an extraction runs."""
+    """What callers may want to show while an extraction runs. Pairs count once for each view but in finished units."""
 
     start: Callable[[int, int, str], None] = lambda pairs, finished, grid: None
     batch: Callable[[int, float], None] = lambda pairs, kept_mass: None
@@ -36,6 +36,7 @@ class ExtractSummary(Model):
     """What an extraction did."""
 
     pairs: int = Field(description="extracted now")
+    views: int = Field(description="of each pair")
     skipped_pairs: int = Field(description="in units that were finished before")
     units: int
     seconds: float
@@ -84,7 +85,7 @@ def extract(
         else:
             _check_finished(writer.unit_path(entry.name), shard)
             done.append(entry)
-    table = PairTable.of(todo)
+    table = PairTable.of(todo, config.views)
     run = _Run(ready, config, writer, progress)
     skipped = sum(entry.pairs for entry in done)
     provenance = provenance_of(teacher_name, shards, config)
@@ -97,7 +98,8 @@ def extract(
     size, pairs = sum(entry.size for entry in done), sum(entry.pairs for entry in done)
     kept = run.encoder.kept
     return ExtractSummary(
-        pairs=kept.pairs,
+        pairs=kept.pairs // config.views,
+        views=config.views,
         skipped_pairs=skipped,
         units=len(done),
         seconds=time.perf_counter() - begin,
@@ -129,20 +131,21 @@ def plan_extraction(
     )
     todo = [shard for shard in shards if _unit_name(shard) not in entries]
     done = [entries[_unit_name(shard)] for shard in shards if _unit_name(shard) in entries]
-    table = PairTable.of(todo)
+    table = PairTable.of(todo, config.views)
     setup = time.perf_counter() - begin
     nothing = Prediction(0, setup, 0)
     predicted = predict(todo, table, ready.teacher, ready.spec, config, sample=sample, setup=setup) if todo else nothing
     free = free_bytes(out)
     return ExtractPlan(
         units=len(todo),
-        pairs=len(table),
+        pairs=len(table) // config.views,
+        views=config.views,
         finished_pairs=sum(entry.pairs for entry in done),
-        sampled_pairs=predicted.pairs,
+        sampled_pairs=predicted.pairs // config.views,
         bytes=predicted.bytes,
-        bytes_a_pair=predicted.bytes / max(len(table), 1),
+        bytes_a_pair=predicted.bytes * config.views / max(len(table), 1),
         seconds=predicted.seconds,
-        pairs_a_second=len(table) / predicted.seconds,
+        pairs_a_second=len(table) / config.views / predicted.seconds,
         free_bytes=free,
         fits=predicted.fits(free),
     )
@@ -202,7 +205,7 @@ class _Run:
     def units(self, shards: Sequence[Shard], table: PairTable, provenance: Provenance) -> list[UnitEntry]:
         """Extract and write the units of some shards."""
         preprocessor = self._preprocessor
-        dataset = PairDataset(shards, table, preprocessor, (), full_text=self._config.queries == "all")
+        dataset = extraction_dataset(shards, table, preprocessor, self._spec)
         orders = [table.batches(number, self._config.batch_size) for number in range(len(shards))]
         batches = iter(batch_loader(dataset, [batch for order in orders for batch in order], self._config.workers))
         entries = []
@@ -210,7 +213,7 @@ class _Run:
             records = self._read(batches, len(orders[number]))
             samples = list(shard)
             self.cut_texts += preprocessor.longer_than_allowed([text.text for one in samples for text in one.texts])
-            arrays = assemble(records, samples, self._spec)
+            arrays = assemble(records, samples, places(samples, self._spec.views), self._spec)
             own = provenance.model_copy(update={"shards": shard.path.parent.name})
             attributes = unit_attributes(arrays, self._spec, shard.name, own, self._writer.assets)
             entry = self._write(_unit_name(shard), arrays, attributes)

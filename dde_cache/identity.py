@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import torch
 from pydantic import Field, model_validator
 
 from dde_cache.assets import LABELS, TEACHER_CONFIG
+from dde_cache.drift import versions
 from dde_cache.errors import InputError
 from dde_cache.samples import Shard
 from dde_cache.spec import Dtype, Heads, Model, Provenance, Queries, TargetSpec, TeacherIdentity, Weights, hash_json
 from dde_cache.teacher import FusionTeacher
+from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, PIXEL_HASH, parse_recipe, recipe_name
 
 DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -52,6 +53,11 @@ class ExtractConfig(Model):
     heads: Heads = "all"
     queries: Queries = "valid"
     dtype: Dtype = "float32"
+    views: int = Field(default=1, ge=1, lt=2**16, description="views of each sample that the teacher sees")
+    view: str = Field(
+        default=AS_PROCESSED,
+        description="recipe of the views; without it, randaugment-2-9 where there are several views, or none",
+    )
     batch_size: int = Field(default=64, ge=1, description="pairs a forward pass")
     workers: int = Field(default=0, ge=0, description="processes that read ahead; 0: none")
     device: str = "cpu"
@@ -62,11 +68,19 @@ class ExtractConfig(Model):
         """The codec follows from what is asked of it: fields that are not given depend on those that are."""
         if not isinstance(values, dict):
             return values
+        view = values.get("view") or (DEFAULT_RECIPE if values.get("views", 1) != 1 else AS_PROCESSED)
+        values = values | {"view": _recipe_in_full(view)}
         sparse = "k" in values or values.get("mass") is not None
         weights = values.get("weights") or ("log8" if sparse else "sqrt8")
         if weights == "sqrt8":
             return {"steps": STEPS} | values | {"weights": weights}
         return {"k": KEPT, "steps": None} | values | {"weights": weights}
+
+    @model_validator(mode="after")
+    def _check_views(self) -> "ExtractConfig":
+        if self.view == AS_PROCESSED and self.views > 1:
+            raise ValueError(f"expected one view where pictures stay as processed, got {self.views} that are all alike")
+        return self
 
     @model_validator(mode="after")
     def _check_codec(self) -> "ExtractConfig":
@@ -82,10 +96,26 @@ class ExtractConfig(Model):
         return self
 
 
+def _recipe_in_full(view: Any) -> Any:
+    """What `spec.view` will say; pydantic turns a ValueError into one of its own problems."""
+    if not isinstance(view, str):
+        return view
+    try:
+        return recipe_name(parse_recipe(view))
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
 def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> ExtractConfig:
-    """The settings that extract the targets of a specification again."""
+    """The settings that extract the targets of a specification again.
+
+    Raises:
+        InputError: its views are of a recipe that this version does not know.
+    """
+    parse_recipe(spec.view)
     shared = {
-        name: getattr(spec, name) for name in ("k", "mass", "weights", "steps", "layers", "heads", "queries", "dtype")
+        name: getattr(spec, name)
+        for name in ("k", "mass", "weights", "steps", "layers", "heads", "queries", "dtype", "views", "view")
     }
     return ExtractConfig(**shared, device=device, batch_size=batch_size)
 
@@ -110,8 +140,8 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         ),
         rule="block-softmax, cls first, row-major patches",
         directions=("t2i", "i2t"),
-        view="as-processed",
-        views=1,
+        view=config.view,
+        views=config.views,
         passes=("matched",),
         images=teacher.images,
         layers=tuple(sorted(layers)),
@@ -127,7 +157,7 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         steps=config.steps,
         dtype=config.dtype,
         classes=None if teacher.labels is None else len(teacher.labels),
-        groups={},
+        groups={} if config.view == AS_PROCESSED else {"views": {"hash": PIXEL_HASH}},
     )
 
 
@@ -150,7 +180,7 @@ def save_assets(teacher: FusionTeacher, folder: Path) -> None:
 def provenance_of(teacher_name: str, shards: Sequence[Shard], config: ExtractConfig) -> Provenance:
     """How the units of an extraction come to be."""
     return Provenance(
-        versions={name: version(name) for name in ("dde-cache", "torch", "transformers", "zarr", "numpy", "pillow")},
+        versions=versions(),
         device=config.device,
         batch_size=config.batch_size,
         teacher=Path(teacher_name).name,

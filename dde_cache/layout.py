@@ -9,11 +9,11 @@ import numpy as np
 
 from dde_cache.blocks import Blocks, Layout
 from dde_cache.codec import part_names
-from dde_cache.spec import Direction, UnitAttributes
+from dde_cache.spec import HASH_BYTES, Direction, UnitAttributes
 from dde_cache.stream import CHUNK_PAIRS
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
-KNOWN_GROUPS = frozenset({"samples", "maps", "predictions"})
+KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views"})
 
 MAX_RECORDS = 2**24
 """Records a unit."""
@@ -42,6 +42,8 @@ PREDICTION_COLUMNS: Mapping[str, type[np.generic]] = {
     "pass": np.uint8,
 }
 
+VIEW_COLUMNS: Mapping[str, type[np.generic]] = {"sample": np.uint32, "image": np.uint8, "view": np.uint16}
+
 _INDEX = ("uint8", "uint16", "uint32")
 _WEIGHT = {"sqrt8": "uint8", "log8": "uint8", "float16": "float16", "float32": "float32"}
 _TAIL = {"log8": "float16", "float16": "float16", "float32": "float32"}
@@ -62,6 +64,8 @@ def array_names(attributes: UnitAttributes) -> list[str]:
         ]
     if "predictions" in attributes.groups:
         names += [f"predictions/{name}" for name in (*PREDICTION_COLUMNS, "logits")]
+    if "views" in attributes.groups:
+        names += [f"views/{name}" for name in (*VIEW_COLUMNS, "pixels")]
     return names
 
 
@@ -136,6 +140,10 @@ def _expected(
         expected[f"predictions/{name}"] = ((np.dtype(dtype).name,), (predictions,))
     classes: Axis = (0, 0) if spec.classes is None else spec.classes
     expected["predictions/logits"] = (("float32",), (predictions, classes))
+    views = length("views/sample")
+    for name, dtype in VIEW_COLUMNS.items():
+        expected[f"views/{name}"] = ((np.dtype(dtype).name,), (views,))
+    expected["views/pixels"] = (("uint8",), (views, HASH_BYTES))
     return expected
 
 

@@ -18,10 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from dde_cache.arrays import unit_members
-from dde_cache.batches import PairDataset
 from dde_cache.errors import InputError
 from dde_cache.identity import ExtractConfig
-from dde_cache.records import Records, TargetEncoder, assemble, unit_attributes
+from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, unit_attributes
 from dde_cache.samples import Sample, Shard
 from dde_cache.spec import Model, Provenance, TargetSpec
 from dde_cache.stream import CHUNK_PAIRS, PairTable
@@ -43,6 +42,7 @@ class ExtractPlan(Model):
 
     units: int = Field(description="still to extract")
     pairs: int = Field(description="still to extract")
+    views: int = Field(description="of each pair")
     finished_pairs: int = Field(description="in units that are there")
     sampled_pairs: int = Field(description="encoded for this prediction")
     bytes: int = Field(description="of the units to come; within 10 %")
@@ -55,7 +55,7 @@ class ExtractPlan(Model):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes and seconds of everything to come, and on how many pairs that rests."""
+    """Bytes and seconds of everything to come, and on how many pairs (each once a view) that rests."""
 
     bytes: int
     seconds: float
@@ -184,10 +184,10 @@ def predict(
     wanted = min(len(batches), max(_FEWEST_BATCHES, -(-sample // config.batch_size)))
     chosen = np.sort(np.random.default_rng(seed).permutation(len(batches))[:wanted])
     together = max(1, round(min(len(table) / len(shards), max(sample, CHUNK_PAIRS)) / config.batch_size))
-    dataset = PairDataset(shards, table, teacher.preprocessor, (), full_text=spec.queries == "all")
+    dataset = extraction_dataset(shards, table, teacher.preprocessor, spec)
     encoder = TargetEncoder(teacher, spec, config.device)
     encoder(dataset.__getitems__(batches[chosen[0]]))  # warm-up
-    dataset = PairDataset(shards, table, teacher.preprocessor, (), full_text=spec.queries == "all")
+    dataset = extraction_dataset(shards, table, teacher.preprocessor, spec)
     measured = _Measured()
     for first in range(0, wanted, together):
         numbers = [batches[number] for number in chosen[first : first + together]]
@@ -222,25 +222,18 @@ def _write(
 ) -> None:
     """Make a unit of some batches, count its bytes, and write it to a place that is forgotten."""
     samples: list[Sample] = []
-    texts: list[list[int]] = []
-    place: tuple[int, str] | None = None
+    place: list[tuple[int, int, int]] = []
     for number in numbers:
         pair = table[number]
-        if (pair.shard, pair.key) != place:
-            place = (pair.shard, pair.key)
+        if not samples or samples[-1].key != pair.key:
             samples.append(shards[pair.shard].read(pair.key))
-            texts.append([])
-        texts[-1].append(pair.text)
-    # A batch may begin or end in the middle of a sample.
-    cut = [
-        Sample(one.key, one.images, tuple(one.texts[slot] for slot in slots), one.meta)
-        for one, slots in zip(samples, texts, strict=True)
-    ]
-    arrays = assemble(records, cut, spec)
+        # A batch may begin or end in the middle of a sample.
+        place.append((len(samples) - 1, pair.text, pair.view))
+    arrays = assemble(records, samples, place, spec)
     members = unit_members(arrays, unit_attributes(arrays, spec, shards[0].name, Provenance(), {}))
     measured.count(members)
     measured.pairs += len(numbers)
-    measured.samples += len(cut)
+    measured.samples += len(samples)
     with tempfile.TemporaryFile() as file:
         digest = hashlib.sha256()
         for content in members.values():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from transformers import ViltProcessor
@@ -107,6 +107,14 @@ class Preprocessor:
                 f"set do_resize and size_divisor={self.patch_size} in the teacher's processor_config.json"
             )
         return np.asarray(pixels, dtype=np.float32)
+
+    def levels(self, pixels: Float[np.ndarray, "c y x"]) -> UInt8[np.ndarray, "c y x"]:
+        """Undo what `pixels` does after resizing: the picture in 8 bits, free of the rounding errors of floats."""
+        images = self.processor.image_processor
+        mean, std = (images.image_mean, images.image_std) if images.do_normalize else (0.0, 1.0)
+        scale = images.rescale_factor if images.do_rescale else 1.0
+        mean, std = (np.reshape(np.asarray(values, np.float64), (-1, 1, 1)) for values in (mean, std))
+        return np.rint((pixels * std + mean) / scale).clip(0, 255).astype(np.uint8)
 
     def stack(self, pictures: Sequence[Float[np.ndarray, "c y x"]]) -> PixelBatch:
         """Pad processed pictures to the largest height and width and stack them."""

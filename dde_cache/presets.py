@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dde_cache.replay import lacking_views
+from dde_cache.views import AS_PROCESSED
 from dde_cache.distill import CachedTargets, Targets
 from dde_cache.errors import InputError
 from dde_cache.tasks import load_task
@@ -46,7 +48,7 @@ def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[s
         raise InputError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}")
     if init is None:
         raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
-    lacking = ["random augmentation (RandAugment): the targets hold one view of each sample"]
+    lacking = lacking_views(targets.cache.spec.view if isinstance(targets, CachedTargets) else AS_PROCESSED)
     if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
         lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
     return lacking

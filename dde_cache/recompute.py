@@ -10,10 +10,12 @@ from torch import Tensor
 
 from dde_cache.attention import SparseAttention
 from dde_cache.audit import Problem
-from dde_cache.batches import PairDataset, pictures_of, to_device, tokens_of, torch_device
+from dde_cache.batches import Batch, pictures_of, to_device, tokens_of, torch_device
 from dde_cache.codec import RELATIVE_ERROR, EncodedDense, EncodedSparse, decode_dense, decode_sparse, ends_of_codes
-from dde_cache.errors import CacheError
+from dde_cache.drift import PixelHashes
+from dde_cache.errors import CacheError, InputError, PixelDrift
 from dde_cache.identity import DTYPES, config_of, target_spec
+from dde_cache.records import extraction_dataset
 from dde_cache.samples import Shard
 from dde_cache.spec import TOLERANCE, Model, TargetSpec, difference
 from dde_cache.store import Cache
@@ -40,12 +42,20 @@ class Recomputed(Model):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A pair of a unit, and where its targets are."""
+    """A pair of a unit in one of its views, and where its targets are."""
 
     key: str
     text: int
+    view: int
     records: Mapping[tuple[int, int], int]  # (image, layer) -> record
     prediction: int | None
+    views: int = 1
+
+    @property
+    def where(self) -> str:
+        """Which pair, in words."""
+        view = f", view {self.view}" if self.views > 1 else ""
+        return f"sample {self.key!r}, text {self.text}{view}"
 
 
 def recompute(
@@ -68,7 +78,10 @@ def recompute(
     spec = cache.spec
     teacher = FusionTeacher.load(teacher_name, DTYPES[spec.dtype], device)
     # Layers are the cache's to choose: of another teacher they may not exist.
-    given = target_spec(teacher, config_of(spec).model_copy(update={"layers": None}))
+    try:
+        given = target_spec(teacher, config_of(spec).model_copy(update={"layers": None}))
+    except InputError as error:
+        return None, [Problem("teacher", f"view: {error}")]
     differences = difference(spec, given.model_copy(update={"layers": spec.layers}))
     if differences:
         return None, [Problem("teacher", line) for line in differences]
@@ -124,9 +137,12 @@ class _Trial:
         table: list[list[tuple[str, int]]] = [[] for _ in self._shards]
         for pair in chosen:
             table[self._owner[pair.key]].append((pair.key, pair.text))
-        every = self._spec.queries == "all"
-        dataset = PairDataset(self._shards, PairTable(table), self._teacher.preprocessor, (), full_text=every)
-        batch = dataset.__getitems__(range(len(chosen)))
+        every, views = self._spec.queries == "all", self._spec.views
+        dataset = extraction_dataset(
+            self._shards, PairTable(table).in_views(views), self._teacher.preprocessor, self._spec
+        )
+        batch = dataset.__getitems__([number * views + pair.view for number, pair in enumerate(chosen)])
+        yield from self._pixels(unit, chosen, batch)
         moved = to_device(batch, self._device)
         pictures = pictures_of(moved)
         output = self._teacher(tokens_of(moved), pictures, self._spec.layers, padded_queries=every)
@@ -142,10 +158,21 @@ class _Trial:
                     exact = getattr(output.attention[image, layer], direction)[row].float().cpu()
                     wrong = self._compare(unit, direction, record, exact, rows[direction])
                     if wrong is not None:
-                        where = f"{unit.path.name}: sample {pair.key!r}, text {pair.text}, layer {layer}, {direction}"
+                        where = f"{unit.path.name}: {pair.where}, layer {layer}, {direction}"
                         yield Problem("targets", f"{where}: {wrong}")
             yield from self._logits(unit, pair, output, row)
             self._pairs += 1
+
+    def _pixels(self, unit: Unit, chosen: Sequence[_Chosen], batch: Batch) -> Iterator[Problem]:
+        """Compare the pixels of views with those that the teacher saw."""
+        if not unit.has_pixel_hashes or "pixel_hashes" not in batch:
+            return
+        hashes, numbers = PixelHashes(unit), {key: number for number, key in enumerate(unit.keys)}
+        for pair, here in zip(chosen, batch["pixel_hashes"].numpy(), strict=True):
+            try:
+                hashes.compare(numbers[pair.key], pair.key, pair.view, [row.tobytes() for row in here])
+            except PixelDrift as drift:
+                yield Problem("targets", f"{unit.path.name}: {drift}")
 
     def _compare(self, unit: Unit, direction: str, record: int, exact: Tensor, rows: int) -> str | None:
         """Compare one record with the whole attention [h, q, k]; say what is wrong."""
@@ -202,27 +229,27 @@ class _Trial:
         error = float(np.abs(stored - exact).max())
         self._logit = max(self._logit, error)
         if not error <= self._tolerance * max(1.0, float(np.abs(exact).max())):
-            yield Problem(
-                "targets", f"{unit.path.name}: sample {pair.key!r}, text {pair.text}: a logit is off by {error:.4f}"
-            )
+            yield Problem("targets", f"{unit.path.name}: {pair.where}: a logit is off by {error:.4f}")
 
 
 def _choose(unit: Unit, numbers: np.ndarray) -> list[_Chosen]:
-    """The pairs of a unit by number, in the order of the tables, with the records of their first view."""
-    records: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+    """The pairs of a unit by number, in the order of the tables, each with the records of one view by turns."""
+    views = unit.attributes.spec.views
+    records: dict[tuple[int, int, int], dict[tuple[int, int], int]] = {}
     if "maps" in unit.attributes.groups:
         maps = unit.maps
-        first = np.flatnonzero((maps.view == 0) & (maps.passes == 0))
-        columns = (maps.sample, maps.text, maps.image, maps.layer)
-        for row, sample, text, image, layer in zip(first, *(column[first] for column in columns), strict=True):
-            records.setdefault((int(sample), int(text)), {})[int(image), int(layer)] = int(row)
-    predictions: dict[tuple[int, int], int] = {}
+        first = np.flatnonzero(maps.passes == 0)
+        columns = (maps.sample, maps.text, maps.view, maps.image, maps.layer)
+        for row, sample, text, view, image, layer in zip(first, *(column[first] for column in columns), strict=True):
+            records.setdefault((int(sample), int(text), int(view)), {})[int(image), int(layer)] = int(row)
+    predictions: dict[tuple[int, int, int], int] = {}
     if unit.has_logits:
         sample, text, view, passes = (unit.array(f"predictions/{name}") for name in ("sample", "text", "view", "pass"))
-        for row in np.flatnonzero((view == 0) & (passes == 0)):
-            predictions[int(sample[row]), int(text[row])] = int(row)
-    places = sorted(records.keys() | predictions.keys())
+        for row in np.flatnonzero(passes == 0):
+            predictions[int(sample[row]), int(text[row]), int(view[row])] = int(row)
+    pairs = sorted({place[:2] for place in records.keys() | predictions.keys()})
     return [
-        _Chosen(unit.keys[sample], text, records.get((sample, text), {}), predictions.get((sample, text)))
-        for sample, text in (places[number] for number in numbers if number < len(places))
+        _Chosen(unit.keys[sample], text, view, records.get(place, {}), predictions.get(place), views)
+        for place in ((*pairs[number], int(number) % views) for number in numbers if number < len(pairs))
+        for sample, text, view in [place]
     ]

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.batches import Batch, pictures_of, to_device, tokens_of
+from dde_cache.batches import Batch, PairDataset, pictures_of, to_device, tokens_of
 from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense, from_parts, steps_of
 from dde_cache.errors import InputError, TeacherError
-from dde_cache.samples import Sample
+from dde_cache.preprocess import Preprocessor
+from dde_cache.samples import Sample, Shard
 from dde_cache.spec import FORMAT_VERSION, Group, Provenance, TargetSpec, UnitAttributes, hash_keys
+from dde_cache.stream import PairTable
 from dde_cache.teacher import FusionTeacher
 from dde_cache.unit import MapColumns, UnitArrays
+from dde_cache.views import group_arrays, parse_recipe
 from dde_cache.vilt import image_tokens, token_mask
 
 
@@ -28,6 +31,7 @@ class Records:
     t2i: list[EncodedAttention]
     i2t: list[EncodedAttention]
     logits: Tensor | None
+    pixel_hashes: Tensor | None = None
 
 
 @dataclass
@@ -105,6 +109,7 @@ class TargetEncoder:
             t2i=encoded["t2i"],
             i2t=encoded["i2t"],
             logits=None if output.logits is None else output.logits.cpu(),
+            pixel_hashes=batch.get("pixel_hashes"),
         )
 
     def _check_finite(self, numbers: Tensor) -> None:
@@ -147,10 +152,40 @@ class TargetEncoder:
         return encode(blanked, spec.weights, maps.shape[-1])
 
 
-def assemble(records: Sequence[Records], samples: Sequence[Sample], spec: TargetSpec) -> UnitArrays:
-    """Put the batches of a unit together, padded to its longest record, sorted by (sample, text, image, layer)."""
-    place = [(number, slot) for number, sample in enumerate(samples) for slot in range(len(sample.texts))]
-    sample, text = (torch.tensor(column) for column in zip(*place, strict=True))
+def extraction_dataset(
+    shards: Sequence[Shard], table: PairTable, preprocessor: Preprocessor, spec: TargetSpec
+) -> PairDataset:
+    """What the teacher sees of some pairs, in their views.
+
+    Raises:
+        InputError: a recipe of views that this version cannot replay.
+    """
+    recipe = parse_recipe(spec.view)
+    return PairDataset(shards, table, preprocessor, (), full_text=spec.queries == "all", recipe=recipe, hashes=True)
+
+
+def places(samples: Sequence[Sample], views: int) -> list[tuple[int, int, int]]:
+    """(number of the sample, text slot, view) of everything that a teacher sees of some samples, in a unit's order."""
+    return [
+        (number, slot, view)
+        for number, sample in enumerate(samples)
+        for slot in range(len(sample.texts))
+        for view in range(views)
+    ]
+
+
+def assemble(
+    records: Sequence[Records], samples: Sequence[Sample], place: Sequence[tuple[int, int, int]], spec: TargetSpec
+) -> UnitArrays:
+    """Put the batches of a unit together, padded to its longest record, sorted by (sample, text, view, image, layer).
+
+    Args:
+        records: the batches, in the order of `place`.
+        samples: of the unit.
+        place: what each row of the batches is of: number of the sample, text slot, view.
+        spec: what is kept.
+    """
+    sample, text, view = (torch.tensor(column) for column in zip(*place, strict=True))
     images, layers = len(records[0].grids), len(spec.layers)
     each = images * layers
     grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
@@ -161,7 +196,7 @@ def assemble(records: Sequence[Records], samples: Sequence[Sample], spec: Target
         sample=sample.repeat_interleave(each).numpy(),
         text=text.repeat_interleave(each).numpy(),
         image=torch.arange(images).repeat_interleave(layers).repeat(pairs).numpy(),
-        view=np.zeros(pairs * each, np.int64),
+        view=view.repeat_interleave(each).numpy(),
         passes=np.zeros(pairs * each, np.int64),
         layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
         text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
@@ -169,6 +204,7 @@ def assemble(records: Sequence[Records], samples: Sequence[Sample], spec: Target
         grid=grid.repeat_interleave(layers, dim=1).flatten(0, 1).numpy(),
     )
     logits = [record.logits for record in records if record.logits is not None]
+    hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
@@ -178,6 +214,8 @@ def assemble(records: Sequence[Records], samples: Sequence[Sample], spec: Target
         prediction_sample=sample.numpy(),
         prediction_text=text.numpy(),
         logits=torch.cat(logits).numpy() if logits else None,
+        prediction_view=view.numpy(),
+        further=group_arrays(sample.numpy(), view.numpy(), torch.cat(hashes).numpy()) if hashes else {},
     )
 
 
@@ -210,7 +248,10 @@ def unit_attributes(
         provenance: how they came to be.
         assets: SHA-256 of each asset of the cache.
     """
-    groups = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
+    held = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
+    groups = {name: Group(required=True) for name, there in held.items() if there}
+    if "views/pixels" in arrays.further:
+        groups["views"] = Group(required=False)
     return UnitAttributes(
         format_version=FORMAT_VERSION,
         spec=spec,
@@ -218,8 +259,8 @@ def unit_attributes(
         assets=dict(assets),
         source=source,
         samples=len(arrays.keys),
-        pairs=len(arrays.prediction_text),
+        pairs=len(set(zip(arrays.prediction_sample.tolist(), arrays.prediction_text.tolist(), strict=True))),
         keys=hash_keys(arrays.keys),
-        groups={name: Group(required=True) for name, there in groups.items() if there},
+        groups=groups,
         provenance=provenance,
     )

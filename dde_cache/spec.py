@@ -32,6 +32,9 @@ TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5
 """How far an attention weight may lie from the one that the same teacher gives again, on another device or in other
 batches, beside the codec's error; logits: so many times their largest magnitude."""
 
+HASH_BYTES = 8
+"""Of the hash of a view's pixels."""
+
 MAX_JSON = 64 * 2**20
 """Bytes of JSON that are parsed: a manifest of 200,000 units has 60 MB."""
 

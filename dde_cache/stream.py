@@ -23,11 +23,14 @@ CHUNK_PAIRS = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """One text of one sample: shard number, sample key and text slot."""
+    """One text of one sample, in one view: shard number, sample key, text slot, number of the view, and whether its
+    picture is mirrored (`train --remap-flips`)."""
 
     shard: int
     key: str
     text: int
+    view: int = 0
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,24 +47,34 @@ class PairTable:
 
     Args:
         pairs: for each shard, its (key, text slot) pairs in tar order.
+        views: how often each pair is there, its views one after the other.
+        sides: 2 where each view is there as it is and mirrored, otherwise 1.
     """
 
-    def __init__(self, pairs: Sequence[Sequence[tuple[str, int]]]) -> None:
-        self._pairs = pairs
-        self._starts = np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
+    def __init__(self, pairs: Sequence[Sequence[tuple[str, int]]], views: int = 1, sides: int = 1) -> None:
+        self._pairs, self._views, self._sides = pairs, views, sides
+        self._starts = (
+            views * sides * np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
+        )
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> "PairTable":
+    def of(cls, shards: Sequence[Shard], views: int = 1) -> "PairTable":
         """List the pairs of opened shards."""
-        return cls([[(sample.key, slot) for sample in shard for slot in range(len(sample.texts))] for shard in shards])
+        pairs = [[(sample.key, slot) for sample in shard for slot in range(len(sample.texts))] for shard in shards]
+        return cls(pairs, views)
+
+    def in_views(self, views: int, sides: int = 1) -> "PairTable":
+        """The same pairs in views: side s of view v of pair n has the number (n * views + v) * sides + s."""
+        return PairTable(self._pairs, views, sides)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Pair:
         shard = bisect_right(self._starts, number) - 1
-        key, text = self._pairs[shard][number - int(self._starts[shard])]
-        return Pair(shard, key, text)
+        place, state = divmod(number - int(self._starts[shard]), self._views * self._sides)
+        view, side = divmod(state, self._sides)
+        return Pair(shard, *self._pairs[shard][place], view, bool(side))
 
     def batches(self, shard: int, batch_size: int) -> list[list[int]]:
         """Pair numbers of one shard in file order, cut into batches."""
@@ -88,9 +101,26 @@ class BatchOrder:
     """The batches of a training run as lists of pair numbers, from any step on.
 
     An epoch's last batch is dropped where it is not full, so that every step sees the same number of pairs.
+
+    Args:
+        table: the pairs.
+        shuffle: how they are mixed.
+        batch_size: pairs a batch.
+        first_step: where to begin.
+        last_step: where to end.
+        choose: from the pair numbers of a batch and the epoch to what is read of them (their views).
     """
 
-    def __init__(self, table: PairTable, shuffle: Shuffle, batch_size: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        table: PairTable,
+        shuffle: Shuffle,
+        batch_size: int,
+        first_step: int,
+        last_step: int,
+        choose: Callable[[list[int], int], list[int]] = lambda numbers, _epoch: numbers,
+    ) -> None:
+        self._choose = choose
         self._table = table
         self._shuffle = shuffle
         self._batch_size = batch_size
@@ -123,7 +153,7 @@ class BatchOrder:
             skip -= min(skip, len(window))
             held = np.concatenate([held, fresh])
             while len(held) >= self._batch_size:
-                yield held[: self._batch_size].tolist()
+                yield self._choose(held[: self._batch_size].tolist(), epoch)
                 held = held[self._batch_size :]
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from dde_cache.codec import EncodedAttention
 from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.layout import VIEW_COLUMNS
 from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry, difference, hash_json, hash_keys
 from dde_cache.staging import StagedCache, check_free
 from dde_cache.store import Cache
@@ -217,8 +218,13 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         logits=logits,
         prediction_view=columns["view"],
         prediction_pass=columns["pass"],
+        further=_cut_views(unit, place) if "views" in unit.attributes.groups else {},
     )
-    held = {"samples"} | ({"maps"} if maps is not None else set()) | ({"predictions"} if logits is not None else set())
+    held = (
+        {"samples", "views"}
+        | ({"maps"} if maps is not None else set())
+        | ({"predictions"} if logits is not None else set())
+    )
     pairs = zip(maps.sample, maps.text, strict=True) if maps else zip(columns["sample"], columns["text"], strict=True)
     attributes = unit.attributes.model_copy(
         update={
@@ -231,6 +237,16 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         }
     )
     return arrays, attributes
+
+
+def _cut_views(unit: Unit, place: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]:
+    """Keep the pixel hashes of some samples."""
+    arrays = {f"views/{name}": unit.array(f"views/{name}") for name in (*VIEW_COLUMNS, "pixels")}
+    numbers = arrays["views/sample"].astype(np.int64)
+    if len(numbers) and numbers.max() >= len(place):
+        raise CacheError(f"{unit.path}: views/sample is damaged; delete the unit and run `dde-cache extract` again")
+    kept = {name: values[place[numbers] >= 0] for name, values in arrays.items()}
+    return kept | {"views/sample": place[kept["views/sample"].astype(np.int64)].astype(np.uint32)}
 
 
 def _cut_maps(

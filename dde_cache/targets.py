@@ -1,5 +1,7 @@
 """Distillation targets of pairs, read from a cache by key."""
 
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +17,22 @@ from dde_cache.attention import Attention
 from dde_cache.blocks import Allocate
 from dde_cache.chunks import Chunks, in_threads
 from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, part_names
-from dde_cache.errors import CacheError
+from dde_cache.drift import PixelHashes
+from dde_cache.errors import CacheError, PixelDrift, PixelDriftWarning
 from dde_cache.join import join, units_by_source
 from dde_cache.layout import DIRECTIONS, PREDICTION_COLUMNS
+from dde_cache.mirror import mirror_maps
 from dde_cache.samples import Sample, Shard
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
 from dde_cache.unit import Unit
+from dde_cache.views import is_spot_checked
 
 Batch = dict[str, Tensor]
 Table = Literal["record", "prediction"]
+
+Pixels = Literal["every", "spot"]
+"""Every sample, or one in a hundred (`views.is_spot_checked`)."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,15 @@ class _OpenUnit:
     sample: Mapping[str, int]
     record: Mapping[int, int]
     prediction: Mapping[int, int]
+    views: int
+    hashes: PixelHashes | None
 
     def rows(self, table: Table, chunk: int) -> int:
-        """How many rows of a chunk an epoch takes."""
-        return self._counts[table].get(chunk, 0)
+        """How many rows of a chunk an epoch takes.
+
+        Of several views it takes one, and which is not known here: then the budget alone decides how long it stays.
+        """
+        return self._counts[table].get(chunk, 0) if self.views == 1 else sys.maxsize
 
     @cached_property
     def _counts(self) -> Mapping[str, Mapping[int, int]]:
@@ -86,6 +99,8 @@ class CacheTargets:
         layer: which of the cache's layers.
         attention: whether to read maps.
         padded_queries: whether to read padded query rows, which the cache must then have.
+        pixels: of which samples the pixels of a view are compared with what the teacher saw.
+        allow_drift: warn about other pixels, once a process, instead of refusing them.
     """
 
     def __init__(
@@ -96,8 +111,11 @@ class CacheTargets:
         *,
         attention: bool = True,
         padded_queries: bool = False,
+        pixels: Pixels = "spot",
+        allow_drift: bool = False,
     ) -> None:
         self._cache, self._layer = cache, layer
+        self._pixels, self._allow_drift, self._warned = pixels, allow_drift, False
         self._attention, self._padded_queries = attention, padded_queries
         self._entries = {entry.name: entry for entry in cache.manifest.units}
         self._sources = [shard.name for shard in shards]
@@ -122,14 +140,15 @@ class CacheTargets:
         records: Mapping[int, int] = {}
         if self._attention:
             maps = unit.maps
-            chosen = (maps.layer == self._layer) & (maps.view == 0) & (maps.passes == 0)
-            records = _row_of_text(maps.sample, maps.text, maps.image, chosen)
+            chosen = (maps.layer == self._layer) & (maps.passes == 0)
+            records = _row_of_text(maps.sample, maps.text, maps.view, maps.image, chosen)
         predictions: Mapping[int, int] = {}
         if unit.has_logits:
             sample, text, view, passes = (unit.array(f"predictions/{name}") for name in PREDICTION_COLUMNS)
-            predictions = _row_of_text(sample, text, np.zeros_like(text), (view == 0) & (passes == 0))
+            predictions = _row_of_text(sample, text, view, np.zeros_like(text), passes == 0)
         samples = {key: number for number, key in enumerate(unit.keys)}
-        return _OpenUnit(unit, samples, records, predictions)
+        hashes = PixelHashes(unit) if unit.has_pixel_hashes else None
+        return _OpenUnit(unit, samples, records, predictions, self._cache.spec.views, hashes)
 
     def _home(self, shard: int, key: str) -> str:
         """Name the unit that holds a key: one of those of the shard's file name.
@@ -161,6 +180,24 @@ class CacheTargets:
                 "--out) and extract again from these shards"
             )
 
+    def check_pixels(self, shard: int, key: str, view: int, levels: Callable[[], Sequence[np.ndarray]]) -> None:
+        """Compare the pixels of a view with what the teacher saw, where its sample is among those that are checked.
+
+        Raises:
+            PixelDrift: they are others, and that is not allowed.
+        """
+        held = self._units(self._home(shard, key))
+        if held.hashes is None or not (self._pixels == "every" or is_spot_checked(key)):
+            return
+        try:
+            held.hashes.check(held.number(key), key, view, levels())
+        except PixelDrift as drift:
+            if not self._allow_drift:
+                raise
+            if not self._warned:
+                warnings.warn(str(drift), PixelDriftWarning, stacklevel=2)
+            self._warned = True
+
     def _read_maps(self, place: _Place, allocate: Allocate) -> EncodedAttention:
         return self._units(place.unit).unit.attention(place.table, _rows_of(place), allocate)
 
@@ -180,11 +217,11 @@ class CacheTargets:
                 held = self._units(name)
                 opened[name] = held, getattr(held, table)
             unit, rows = opened[name]
-            row = rows.get(_text_number(unit.number(pair.key), pair.text, image))
+            row = rows.get(_text_number(unit.number(pair.key), pair.text, pair.view, image))
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
-                    f"{pair.key!r}, found none"
+                    f"{pair.key!r} in view {pair.view}, found none"
                 )
             place = (name, row // CHUNK_PAIRS)
             if place not in members:
@@ -212,9 +249,12 @@ class CacheTargets:
         batch: dict[str, Tensor] = {}
         if self._cache.spec.classes is not None:
             batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
-        for image in range(self._cache.spec.images if self._attention else 0):
+        if not self._attention:
+            return batch
+        mirrored = [row for row, pair in enumerate(pairs) if pair.mirrored]
+        for image in range(self._cache.spec.images):
             batch |= self._gather_maps(pairs, image)
-        return batch
+        return mirror_maps(batch, mirrored) if mirrored else batch
 
     def _gather_logits(self, pairs: Sequence[Pair], classes: int) -> Float[np.ndarray, "b c"]:
         wanted = {some.place("logits"): some for some in self._members(pairs, "prediction")}
@@ -256,17 +296,19 @@ def slot_name(target: str, image: int) -> str:
     return f"{target}{image}" if image else target
 
 
-def _row_of_text(sample: np.ndarray, text: np.ndarray, image: np.ndarray, chosen: np.ndarray) -> Mapping[int, int]:
-    """The row of each text and image among those that are chosen, by `_text_number`."""
+def _row_of_text(
+    sample: np.ndarray, text: np.ndarray, view: np.ndarray, image: np.ndarray, chosen: np.ndarray
+) -> Mapping[int, int]:
+    """The row of each text in each view with each image among those that are chosen, by `_text_number`."""
     rows = np.flatnonzero(chosen)
-    numbers = _text_number(*(column[rows].astype(np.int64) for column in (sample, text, image)))
+    numbers = _text_number(*(column[rows].astype(np.int64) for column in (sample, text, view, image)))
     return dict(zip(numbers.tolist(), rows.tolist(), strict=True))
 
 
-def _text_number(sample: Any, text: Any, image: Any = 0) -> Any:
-    """One number for sample, text slot (16 bits) and image slot (1 bit), of integers or arrays: half a million tuples
+def _text_number(sample: Any, text: Any, view: Any, image: Any = 0) -> Any:
+    """One number for sample (24 bits), text slot and view (16 bits each) and image slot (1 bit): half a million tuples
     are slow to keep."""
-    return sample << 17 | text << 1 | image
+    return sample << 33 | text << 17 | view << 1 | image
 
 
 def _rows_of(place: _Place) -> slice:

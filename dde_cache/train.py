@@ -26,16 +26,18 @@ from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
+from dde_cache.replay import check_first_views, lacking_views, order_in_views
 from dde_cache.runs import open_run
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import MANIFEST, Cache, write_text
-from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder, DualEncoderOutput, Head, new_student, student_from_vilt
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import read_config, resolve
+from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
 
 MODEL = "model"
 RUN = "run.json"
@@ -69,11 +71,7 @@ def labels_only(like: str | Cache) -> LabelsOnly:
     """
     if isinstance(like, Cache) or (Path(like) / MANIFEST).is_file():
         cache = like if isinstance(like, Cache) else Cache(Path(like))
-        tower, labels, preprocessor = (
-            tower_of(cache),
-            cache.labels,
-            cache.preprocessor(),
-        )
+        tower, labels, preprocessor = tower_of(cache), cache.labels, cache.preprocessor()
     else:
         tower = read_config(resolve(like))
         # What has no task head has the library's LABEL_0 and LABEL_1 for answers; only retrieval takes it.
@@ -105,6 +103,8 @@ class _Plan:
     table: PairTable
     reader: CacheTargets | None
     mean_heads: bool
+    recipe: ViewRecipe | None = None
+    views: int = 1
 
 
 def train(
@@ -136,8 +136,12 @@ def train(
         InputError, CacheError, TeacherError, RunError: the parts do not fit each other; nothing was trained.
     """
     task = load_task(config.task)
+    if config.remap_flips and not isinstance(targets, CachedTargets):
+        raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
     plan = _plan(shards, targets, config, task)
     images = _count_pictures(shards, valid, task, targets)
+    if config.remap_flips and images > 1:
+        raise InputError("expected remap_flips with samples of one image, got two; leave it out")
     for name, some in (("training shards", shards), ("validation shards", valid)):
         if task.closed:
             check_labels(some, plan.labels, name)
@@ -145,16 +149,21 @@ def train(
     student = build_student(plan.tower, plan.labels, config, init, Head(task.head, images, config.task))
     if config.attention_weight and not isinstance(targets, LabelsOnly):
         _check_heads(student, targets, plan)
+    sides, full_text = 1 + config.remap_flips, config.queries == "all"
+    table = plan.table.in_views(plan.views, sides)
     dataset = PairDataset(
         shards,
-        plan.table,
+        table,
         plan.preprocessor,
         plan.labels,
         plan.reader,
-        full_text=config.queries == "all",
+        full_text=full_text,
         encode=task.targets,
+        recipe=plan.recipe,
     )
     check_batch_size(plan.table, config.batch_size)
+    if isinstance(targets, CachedTargets):
+        check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
     held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels, encode=task.targets)
     open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
     baselines = Baselines.of(shards)
@@ -165,7 +174,7 @@ def train(
         plan.preprocessor.save(out / MODEL)
 
     def loader(step: int) -> Iterable[Batch]:
-        order = BatchOrder(plan.table, config.shuffle(), config.batch_size, step, config.steps)
+        order = order_in_views(plan.table, plan.views, config, step, config.steps, sides)
         return batch_loader(dataset, order, config.workers)
 
     fit = Fit(
@@ -253,7 +262,8 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: 
     Raises:
         CacheError: the cache lacks rows, layers, logits or samples that the configuration asks for.
         TeacherError: the teacher has no task head.
-        InputError: its answers are not the task's, or the task has no soft labels to give weight to.
+        InputError: its answers are not the task's, the task has no soft labels to give weight to, or the cache has
+            views of a recipe that this version does not know.
     """
     if isinstance(targets, LabelsOnly):
         labels = _answers(targets.labels, task)
@@ -281,14 +291,16 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: 
         lacking.append("the answers that the student's head should have")
     if lacking:
         raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
+    recipe = parse_recipe(spec.view)
     reader = None
     table = join(shards, cache, targets.on_missing).table
     if config.attention_weight or config.soft_weight:
+        every, drift = config.queries == "all", targets.allow_pixel_drift
         reader = CacheTargets(
-            cache, shards, layer, attention=config.attention_weight > 0, padded_queries=config.queries == "all"
+            cache, shards, layer, attention=config.attention_weight > 0, padded_queries=every, allow_drift=drift
         )
-    tower = tower_of(cache)
-    return _Plan(cache.preprocessor(), tower, _answers(cache.labels, task), table, reader, spec.heads == "mean")
+    tower, mean_heads, labels = tower_of(cache), spec.heads == "mean", _answers(cache.labels, task)
+    return _Plan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
 
 
 def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task, targets: Targets) -> int:

@@ -238,6 +238,11 @@ class Unit:
         """Whether there is a predictions table."""
         return "predictions" in self.attributes.groups
 
+    @property
+    def has_pixel_hashes(self) -> bool:
+        """Whether there is a hash of the pixels of each view."""
+        return "views" in self.attributes.groups
+
     def attention(
         self, direction: str, rows: slice = slice(None), allocate: Allocate | None = None
     ) -> EncodedAttention:
