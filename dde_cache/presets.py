@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dde_cache.replay import lacking_views
-from dde_cache.views import AS_PROCESSED
 from dde_cache.distill import CachedTargets, Targets
 from dde_cache.errors import InputError
+from dde_cache.replay import lacking_views
 from dde_cache.tasks import load_task
+from dde_cache.views import AS_PROCESSED
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dide": {

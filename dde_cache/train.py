@@ -26,7 +26,7 @@ from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
-from dde_cache.replay import check_first_views, lacking_views, order_in_views
+from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
@@ -37,7 +37,7 @@ from dde_cache.student import DualEncoder, DualEncoderOutput, Head, new_student,
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import read_config, resolve
-from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
+from dde_cache.views import ViewRecipe, parse_recipe
 
 MODEL = "model"
 RUN = "run.json"
@@ -151,20 +151,14 @@ def train(
         _check_heads(student, targets, plan)
     sides, full_text = 1 + config.remap_flips, config.queries == "all"
     table = plan.table.in_views(plan.views, sides)
+    read = plan.preprocessor, plan.labels
     dataset = PairDataset(
-        shards,
-        table,
-        plan.preprocessor,
-        plan.labels,
-        plan.reader,
-        full_text=full_text,
-        encode=task.targets,
-        recipe=plan.recipe,
+        shards, table, *read, plan.reader, full_text=full_text, encode=task.targets, recipe=plan.recipe
     )
     check_batch_size(plan.table, config.batch_size)
     if isinstance(targets, CachedTargets):
         check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
-    held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels, encode=task.targets)
+    held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
     open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
     baselines = Baselines.of(shards)
     write_text(out / BASELINES, baselines.model_dump_json(indent=1) + "\n")

@@ -25,6 +25,7 @@ from dde_cache.extract import ExtractConfig, extract, plan_extraction
 from dde_cache.fit import Progress
 from dde_cache.images import EncodedImage
 from dde_cache.merge import merge
+from dde_cache.presets import lacking_of_preset
 from dde_cache.repair import repair
 from dde_cache.replay import order_in_views
 from dde_cache.store import Cache
@@ -33,7 +34,7 @@ from dde_cache.student import new_student
 from dde_cache.subset import Selection, cut_unit, subset
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import lacking_of_preset, train
+from dde_cache.train import train
 from dde_cache.unit import Unit, write_unit
 from dde_cache.verify import verify
 from dde_cache.views import AS_PROCESSED, COLOURS_KEPT, Operation, ViewRecipe, parse_recipe, pixel_hash, view_of
