@@ -1,6 +1,7 @@
 """Who may import what, and other rules of the house."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,12 @@ def name_of(path):
 
 def core_name(module):
     return module.split(".")[1] if module.startswith("dde_cache.") and module != "dde_cache.__version__" else ""
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in CORE}
+    assert folders <= set(listed)
 
 
 def test_every_file_has_its_place():
