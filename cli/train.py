@@ -10,6 +10,7 @@ from dde_cache.configs import resolve_config
 from dde_cache.errors import InputError
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.join import OnMissing
+from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
@@ -18,6 +19,7 @@ from dde_cache.train import (
     PRESETS,
     CachedTargets,
     OnlineTargets,
+    RunRecord,
     Targets,
     TrainConfig,
     labels_only,
@@ -47,13 +49,16 @@ def train(
     config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
     on_missing: str = typer.Option("error", help="Samples without targets, or the reverse: error or skip."),
-    steps: int | None = typer.Option(None),
-    batch_size: int | None = typer.Option(None, help="Pairs a step."),
+    steps: int | None = typer.Option(None, help="Optimizer steps."),
+    epochs: int | None = typer.Option(None, help="Passes over the pairs, instead of --steps."),
+    batch_size: int | None = typer.Option(None, help="Pairs a step, of all ranks together."),
+    accumulate: int | None = typer.Option(None, help="Micro-batches that a rank cuts its share of a batch into."),
     learning_rate: float | None = typer.Option(None),
     precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
     seed: int | None = typer.Option(None),
     tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
     workers: int | None = typer.Option(None, help="Processes that read ahead."),
+    tensorboard: bool | None = typer.Option(None, "--tensorboard", help="Write the metrics for TensorBoard too."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
     cache_dir: Path | None = CACHE_DIR,
     cache_limit: str | None = CACHE_LIMIT,
@@ -65,23 +70,29 @@ def train(
     settings = resolve_config(
         TrainConfig,
         config,
-        set_,
+        _assignments(set_, steps, epochs),
         PRESETS[preset] if preset else None,
         steps=steps,
+        epochs=epochs,
         batch_size=batch_size,
+        accumulate=accumulate,
         learning_rate=learning_rate,
         precision=precision,
         seed=seed,
         tail=tail,
         workers=workers,
+        tensorboard=tensorboard,
     )
+    ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
-    if preset:
-        for line in lacking_of_preset(preset, chosen, init):
+    for line in lacking_of_preset(preset, chosen, init) if preset else ():
+        if ranks.first:
             errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
-    with progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}") as bar:
-        task = bar.add_task("train", total=settings.steps, visible=False, loss="-", valid="-", wait="-")
+    bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
+    bar.disable = not ranks.first
+    with bar:
+        task = bar.add_task("train", visible=False, loss="-", valid="-", wait="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
             wait = record["wait_seconds"] / max(record["seconds"], 1e-9)
@@ -96,13 +107,30 @@ def train(
             valid=held_out,
             resume=resume,
             about={"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset},
-            progress=FitProgress(step, lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}")),
+            progress=FitProgress(
+                step,
+                lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
+                lambda steps: bar.update(task, total=steps),
+            ),
         )
-    if json:
+    if ranks.first:
+        _show(record, out, json)
+
+
+def _show(record: RunRecord, out: Path, as_json: bool) -> None:
+    """Say how a run ended."""
+    if as_json:
         print_json(record)
         return
     best = "" if record.best_accuracy is None else f", validation accuracy {record.best_accuracy:.3f}"
     console.print(f"student of step {record.best_step or record.steps} saved in {out}/model{best}", highlight=False)
+
+
+def _assignments(given: list[str], steps: int | None, epochs: int | None) -> list[str]:
+    """Settings by name: `--steps` wins over the epochs of a file, as every option does."""
+    if steps is not None and epochs is not None:
+        raise InputError("expected --steps or --epochs, got both")
+    return given if steps is None else [*given, "epochs=null"]
 
 
 def _targets(

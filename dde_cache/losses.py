@@ -89,20 +89,33 @@ def attention_kl(
     return dense_kl(teacher, student)
 
 
+def weighted_sum(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"]) -> Float[Tensor, ""]:
+    """Sum over weighted query rows of the mean over heads."""
+    return (rows * row_weight[:, None, :]).sum() / rows.shape[1]
+
+
 def weighted_mean(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"]) -> Float[Tensor, ""]:
     """Mean over heads and weighted query rows of the whole batch."""
-    return (rows * row_weight[:, None, :]).sum() / (row_weight.sum() * rows.shape[1])
+    return weighted_sum(rows, row_weight) / row_weight.sum()
 
 
-def soft_label_loss(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
-    """KL(teacher || student) over classes at temperature 1, mean over the batch (DiDE, NLVR2 and SNLI-VE)."""
+def soft_label_sum(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """KL(teacher || student) over classes at temperature 1, summed over pairs (DiDE, NLVR2 and SNLI-VE)."""
     return nn.functional.kl_div(
-        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="batchmean", log_target=True
+        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="sum", log_target=True
     )
 
 
+def soft_label_loss(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """The same as a mean over the batch."""
+    return soft_label_sum(student, teacher) / len(student)
+
+
+def label_sum(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""]:
+    """Cross-entropy with the labels, summed over the labelled pairs."""
+    return nn.functional.cross_entropy(student.float(), label, reduction="sum", ignore_index=-100)
+
+
 def label_loss(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""]:
-    """Cross-entropy with the labels, mean over the labelled pairs; 0 where a batch has none."""
-    known = (label >= 0).sum()
-    total = nn.functional.cross_entropy(student.float(), label, reduction="sum", ignore_index=-100)
-    return total / known.clamp_min(1)
+    """The same as a mean over the labelled pairs; 0 where a batch has none."""
+    return label_sum(student, label) / (label >= 0).sum().clamp_min(1)

@@ -84,18 +84,53 @@ class PairTable:
                 yield random.permutation(window)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one rank reads, in `accumulate` micro-batches.
+
+    A batch is cut into `ranks` x `accumulate` runs of neighbours, whose lengths differ by at most one. Which pairs are
+    in a batch, and in which order, does not depend on it.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    accumulate: int = 1
+
+    @property
+    def parts(self) -> range:
+        """Numbers of the rank's micro-batches among all those of a step."""
+        return range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+
+    def cut(self, batch: Sequence[int]) -> list[list[int]]:
+        """The rank's micro-batches of a global batch."""
+        count = self.ranks * self.accumulate
+        return [list(batch[part * len(batch) // count : (part + 1) * len(batch) // count]) for part in self.parts]
+
+
+WHOLE = Share()
+
+
 class BatchOrder:
-    """The batches of a training run as lists of pair numbers, from any step on.
+    """The batches of a training run as lists of pair numbers, from any step on; of each, one rank's micro-batches.
 
     An epoch's last batch is dropped where it is not full, so that every step sees the same number of pairs.
     """
 
-    def __init__(self, table: PairTable, shuffle: Shuffle, batch_size: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        table: PairTable,
+        shuffle: Shuffle,
+        batch_size: int,
+        first_step: int,
+        last_step: int,
+        share: Share = WHOLE,
+    ) -> None:
         self._table = table
         self._shuffle = shuffle
         self._batch_size = batch_size
         self._first_step = first_step
         self._last_step = last_step
+        self._share = share
 
     @property
     def batches_an_epoch(self) -> int:
@@ -103,14 +138,14 @@ class BatchOrder:
         return len(self._table) // self._batch_size
 
     def __len__(self) -> int:
-        return self._last_step - self._first_step
+        return (self._last_step - self._first_step) * self._share.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, skip = divmod(self._first_step, self.batches_an_epoch)
         step = self._first_step
         while step < self._last_step:
             for batch in self._epoch(epoch, skip * self._batch_size):
-                yield batch
+                yield from self._share.cut(batch)
                 step += 1
                 if step == self._last_step:
                     return

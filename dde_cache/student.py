@@ -103,11 +103,14 @@ class ImageTower(_Tower):
         self.token_type = nn.Parameter(torch.zeros(2, config.hidden_size))
 
     def forward(
-        self, pixel_values: Float[Tensor, "b c y x"], grid: Int[Tensor, "b 2"], image_slot: int = 0
+        self, pixel_values: Float[Tensor, "b c y x"], grid: Int[Tensor, "b 2"], image_slot: int = 0, padding: int = 0
     ) -> TowerOutput:
-        """Encode pictures, padded at the bottom and right; `grid` holds the patch rows and columns of each."""
+        """Encode pictures, padded at the bottom and right; `grid` holds the patch rows and columns of each.
+
+        `padding` padded tokens come behind those of the batch's largest picture.
+        """
         embeds, mask = embed_patches(
-            self.patch_embeddings.projection, self.cls_token, self.position_embeddings, pixel_values, grid
+            self.patch_embeddings.projection, self.cls_token, self.position_embeddings, pixel_values, grid, padding
         )
         return self.encode(self.dropout(embeds) + self.token_type[image_slot], mask)
 
@@ -151,6 +154,7 @@ class DualEncoder(PreTrainedModel):
         attention_mask: Int[Tensor, "b t"],
         pixel_values: Float[Tensor, "b c y x"],
         grid: Int[Tensor, "b 2"] | None = None,
+        image_padding: int = 0,
     ) -> DualEncoderOutput:
         """Encode both sides and answer.
 
@@ -159,9 +163,11 @@ class DualEncoder(PreTrainedModel):
             attention_mask: 1 = valid.
             pixel_values: pictures, padded at the bottom and right.
             grid: patch rows and columns of each picture; without it, every picture fills the whole canvas.
+            image_padding: padded tokens beyond those of the largest picture.
         """
         text = self.text_tower(input_ids, attention_mask)
-        image = self.image_tower(pixel_values, self._grid(pixel_values) if grid is None else grid)
+        grid = self._grid(pixel_values) if grid is None else grid
+        image = self.image_tower(pixel_values, grid, padding=image_padding)
         return DualEncoderOutput(logits=self.answer(text.pooled, image.pooled), text=text, image=image)
 
     def answer(self, text: Float[Tensor, "b w"], image: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:

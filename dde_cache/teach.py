@@ -12,7 +12,6 @@ from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, Vi
 
 from dde_cache import __version__
 from dde_cache.batches import (
-    NO_LABEL,
     Batch,
     PairDataset,
     batch_loader,
@@ -23,13 +22,16 @@ from dde_cache.batches import (
     tokens_of,
 )
 from dde_cache.errors import InputError, RunError
-from dde_cache.fit import Fit, FitResult, Losses, Progress
+from dde_cache.fit import Fit, FitResult, Progress
+from dde_cache.losses import label_sum
 from dde_cache.preprocess import Preprocessor
-from dde_cache.runs import FitConfig, open_run
+from dde_cache.ranks import Ranks
+from dde_cache.runs import FitConfig, open_run, with_steps
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import EvaluationReport, Predictions, accuracy, predict, report
-from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.stream import BatchOrder, PairTable, Share
 from dde_cache.teacher import load_weights, read_config, resolve, task_logits
+from dde_cache.terms import Objective, Term, labelled
 from dde_cache.vilt import position_deviation
 
 TRAINING = "training"
@@ -55,7 +57,7 @@ class TeachConfig(FitConfig):
 
 @dataclass(frozen=True)
 class TaughtTeacher:
-    """A finished run: how the fit went, and the score on the validation shards where there are some."""
+    """A finished run: how the fit went, and the score on the validation shards where there are some (first rank)."""
 
     fit: FitResult
     score: EvaluationReport | None
@@ -109,15 +111,17 @@ def train_teacher(
         model.vilt.save_pretrained(out)  # type: ignore[operator, union-attr]
         preprocessor.save(out)
 
-    def loader(step: int) -> Iterable[Batch]:
-        order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps)
+    def loader(step: int, share: Share) -> Iterable[Batch]:
+        order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps, share)
         return batch_loader(dataset, order, config.workers)
 
+    ranks = Ranks()
     _check_out(out)
-    open_run(out / TRAINING, config, resume=resume)
+    config = with_steps(config, len(table))
+    ranks.on_first(lambda: open_run(out / TRAINING, config, resume=resume))
     fit = Fit(
         JointClassifier(vilt),
-        _losses,
+        _OBJECTIVE,
         config,
         out / TRAINING,
         validate=(lambda model: accuracy(measure(model))) if valid else None,
@@ -127,9 +131,11 @@ def train_teacher(
     if resume:
         fit.resume()
     result = fit(loader)
-    best = JointClassifier(ViltForQuestionAnswering.from_pretrained(out))
-    score = report(measure(best), valid, labels) if valid else None
-    (out / "README.md").write_text(_card(config, labels, result, score, source, init))
+    score = None
+    if ranks.first:
+        best = JointClassifier(ViltForQuestionAnswering.from_pretrained(out))
+        score = report(measure(best), valid, labels) if valid else None
+        (out / "README.md").write_text(_card(config, labels, result, score, source, init))
     return TaughtTeacher(result, score)
 
 
@@ -151,8 +157,10 @@ class JointClassifier(nn.Module):
         return task_logits(self.vilt, tokens_of(batch), pictures_of(batch))
 
 
-def _losses(model: nn.Module, batch: Batch) -> Losses:
-    return {"loss": nn.functional.cross_entropy(model(batch).float(), batch["label"], ignore_index=NO_LABEL)}
+_OBJECTIVE: Objective[Tensor] = Objective(
+    lambda model, batch, _sizes: model(batch),
+    {"hard": Term(1.0, labelled, lambda logits, batch, _sizes: label_sum(logits, batch["label"]))},
+)
 
 
 def _texts(shards: Sequence[Shard]) -> Iterator[Text]:

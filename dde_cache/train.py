@@ -28,12 +28,13 @@ from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
-from dde_cache.runs import open_run
+from dde_cache.ranks import Ranks
+from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines, accuracy, predict
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import MANIFEST, Cache, write_text
-from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.stream import BatchOrder, PairTable, Share
 from dde_cache.student import DualEncoder, new_student, student_from_vilt
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import read_config, resolve
@@ -170,16 +171,21 @@ def train(
     )
     check_batch_size(plan.table, config.batch_size)
     held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, plan.labels)
-    open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
-    baselines = Baselines.of(shards)
-    write_text(out / BASELINES, baselines.model_dump_json(indent=1) + "\n")
+    config = with_steps(config, len(plan.table))
+    ranks = Ranks()
+
+    def begin() -> None:
+        open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
+        write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
+
+    ranks.on_first(begin)
 
     def save(model: nn.Module) -> None:
         model.save_pretrained(out / MODEL)  # type: ignore[operator]
         plan.preprocessor.save(out / MODEL)
 
-    def loader(step: int) -> Iterable[Batch]:
-        order = BatchOrder(plan.table, config.shuffle(), config.batch_size, step, config.steps)
+    def loader(step: int, share: Share) -> Iterable[Batch]:
+        order = BatchOrder(plan.table, config.shuffle(), config.batch_size, step, config.steps, share)
         return batch_loader(dataset, order, config.workers)
 
     fit = Fit(
@@ -195,7 +201,7 @@ def train(
         fit.resume()
     result = fit(loader)
     record = _record(result, plan.labels, targets, about or {})
-    write_text(out / RUN, record.model_dump_json(indent=2) + "\n")
+    ranks.on_first(lambda: write_text(out / RUN, record.model_dump_json(indent=2) + "\n"))
     return record
 
 
