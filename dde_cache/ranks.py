@@ -4,6 +4,7 @@ Every rank takes the same steps; what they tell each other are numbers of a step
 the first one writes.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,7 +26,9 @@ class Ranks:
     """All ranks, seen from one of them. Methods that speak to the others must be called by all, in the same order."""
 
     def __init__(self) -> None:
-        state = PartialState(timeout=PATIENCE)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        # accelerate takes processes without a GPU for strangers to each other, unless it is told.
+        state = PartialState(cpu=several and not torch.cuda.is_available(), timeout=PATIENCE)
         self.number: int = state.process_index
         self.count: int = state.num_processes
         self._device: torch.device = state.device
