@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dde_cache.errors import InputError, RunError, bullet_list
 from dde_cache.stream import Shuffle
@@ -60,6 +60,12 @@ class FitConfig(BaseModel):
     valid_every: int = Field(default=500, ge=1, description="steps")
     save_every: int = Field(default=500, ge=1, description="steps")
     tensorboard: bool = Field(default=False, description="write the metrics for TensorBoard too")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _read_no(cls, value: Any) -> Any:
+        """YAML takes a bare `no` for false."""
+        return "no" if value is False else value
 
     def shuffle(self) -> Shuffle:
         """How the pairs are mixed."""

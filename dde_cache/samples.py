@@ -15,12 +15,14 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import webdataset
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -234,13 +236,19 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._members: dict[str, list[tuple[str, int, int]]] = {}
+        found: dict[str, list[tuple[str, int, int]]] = {}
         try:
             for name, offset, size in list_members(path):
                 key, _, suffix = self._split(name)
-                self._members.setdefault(key, []).append((suffix, offset, size))
+                found.setdefault(key, []).append((sys.intern(suffix), offset, size))
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(f"{path}: expected a tar of samples, but it cannot be read: {error}") from error
+        # Numbers in arrays: as tuples they take three times the memory, in every process, for every sample there is.
+        self._numbers = {key: number for number, key in enumerate(found)}
+        self._first = np.cumsum([0, *map(len, found.values())])
+        members = [member for some in found.values() for member in some]
+        self._suffixes = [suffix for suffix, _, _ in members]
+        self._places = np.array([place for _, *place in members], np.int64).reshape(-1, 2)
 
     @staticmethod
     def _split(name: str) -> tuple[str, str, str]:
@@ -256,10 +264,10 @@ class Shard:
     @property
     def keys(self) -> Sequence[str]:
         """The sample keys in tar order."""
-        return list(self._members)
+        return list(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._numbers)
 
     def read(self, key: str) -> Sample:
         """Read one sample by key.
@@ -268,7 +276,7 @@ class Shard:
             InputError: the shard has no such key, or the sample breaks the schema.
         """
         where = f"{self.path}, sample {key!r}"
-        if key not in self._members:
+        if key not in self._numbers:
             raise InputError(f"{where}: no such key; the tar holds {len(self)} others")
         images: dict[int, EncodedImage] = {}
         records: list[bytes] = []
@@ -288,9 +296,11 @@ class Shard:
         return Sample(key, tuple(images[slot] for slot in sorted(images)), record.texts, record.meta)
 
     def _contents(self, key: str, where: str) -> Iterator[tuple[str, bytes]]:
+        number = self._numbers[key]
+        members = slice(int(self._first[number]), int(self._first[number + 1]))
         try:
             with open(self.path, "rb") as file:
-                for suffix, offset, size in self._members[key]:
+                for suffix, (offset, size) in zip(self._suffixes[members], self._places[members].tolist(), strict=True):
                     file.seek(offset)
                     content = file.read(size)
                     if len(content) != size:
@@ -300,7 +310,7 @@ class Shard:
             raise InputError(f"{where}: cannot be read any more: {error}") from error
 
     def __iter__(self) -> Iterator[Sample]:
-        for key in self._members:
+        for key in self._numbers:
             yield self.read(key)
 
 

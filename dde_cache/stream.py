@@ -39,6 +39,19 @@ class Shuffle:
     chunks: int = 32
 
 
+@dataclass(frozen=True)
+class ShardPairs:
+    """The pairs of one shard in tar order. (As tuples they take ten times the memory, in every process.)"""
+
+    keys: list[str]
+    texts: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, int]]) -> "ShardPairs":
+        """Pack (key, text slot) pairs."""
+        return cls([key for key, _ in pairs], np.array([text for _, text in pairs], np.uint16))
+
+
 class PairTable:
     """Every pair of some shards, in the order (shard, sample, text): the epoch before any shuffling.
 
@@ -46,22 +59,27 @@ class PairTable:
         pairs: for each shard, its (key, text slot) pairs in tar order.
     """
 
-    def __init__(self, pairs: Sequence[Sequence[tuple[str, int]]]) -> None:
-        self._pairs = pairs
-        self._starts = np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
+    def __init__(self, pairs: Sequence[ShardPairs | Sequence[tuple[str, int]]]) -> None:
+        self._shards = [shard if isinstance(shard, ShardPairs) else ShardPairs.of(shard) for shard in pairs]
+        self._starts = np.concatenate([[0], np.cumsum([len(one.keys) for one in self._shards])]).astype(np.int64)
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> "PairTable":
         """List the pairs of opened shards."""
-        return cls([[(sample.key, slot) for sample in shard for slot in range(len(sample.texts))] for shard in shards])
+        return cls(
+            [
+                ShardPairs.of([(sample.key, slot) for sample in shard for slot in range(len(sample.texts))])
+                for shard in shards
+            ]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Pair:
         shard = bisect_right(self._starts, number) - 1
-        key, text = self._pairs[shard][number - int(self._starts[shard])]
-        return Pair(shard, key, text)
+        place = number - int(self._starts[shard])
+        return Pair(shard, self._shards[shard].keys[place], int(self._shards[shard].texts[place]))
 
     def batches(self, shard: int, batch_size: int) -> list[list[int]]:
         """Pair numbers of one shard in file order, cut into batches."""
@@ -71,7 +89,7 @@ class PairTable:
     def shuffled(self, shuffle: Shuffle, epoch: int) -> Iterator[Int[np.ndarray, " n"]]:
         """Yield the pair numbers of an epoch, one window at a time."""
         random = np.random.default_rng([shuffle.seed, epoch])
-        order = random.permutation(len(self._pairs))
+        order = random.permutation(len(self._shards))
         for first in range(0, len(order), shuffle.shards):
             chunks = [
                 np.arange(start, min(start + CHUNK_PAIRS, self._starts[shard + 1]))
