@@ -123,6 +123,20 @@ def test_parts_have_seeds_of_their_own():
     assert len(seeds) == 2 * 2000 * 64
 
 
+def test_each_micro_batch_is_seeded_by_its_number(tmp_path):
+    """Else micro-batches and ranks would all drop the same units."""
+    seen = []
+
+    def forward(model, batch, _sizes):
+        seen.append(torch.initial_seed())
+        return model(batch["x"])
+
+    config = FitConfig(steps=2, batch_size=3, accumulate=3, seed=5)
+    fit = Fit(Line(), Objective(forward, {"square": SQUARE}), config, tmp_path, save_best=lambda model: None)
+    fit(lambda step, share: iter([{"x": torch.ones(1, 3)}] * 6))
+    assert seen == [seed_of(5, step, part) for step in (0, 1) for part in (0, 1, 2)]
+
+
 # --- fp16: its scale is state too
 
 
