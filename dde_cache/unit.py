@@ -27,7 +27,6 @@ from dde_cache.blocks import Allocate, Blocks
 from dde_cache.bounds import unsafe
 from dde_cache.codec import EncodedAttention, from_numpy, part_names
 from dde_cache.errors import CacheError, bullet_list
-from dde_cache.layout import DIRECTIONS as DIRECTIONS
 from dde_cache.layout import KNOWN_GROUPS, MAP_COLUMNS, MAX_TOKENS, array_names, layout_problems
 from dde_cache.spec import FORMAT_VERSION, UnitAttributes, hash_json
 

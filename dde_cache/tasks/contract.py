@@ -65,7 +65,6 @@ class Task(ABC):
     def hard_loss(self, output: DualEncoderOutput, batch: Batch) -> Term:
         """Compare a student's output with the labels, as `targets` put them into the batch."""
 
-    @abstractmethod
     def predict(
         self,
         model: Model,
@@ -74,7 +73,8 @@ class Task(ABC):
         workers: int = 0,
         advance: Callable[[int], None] = lambda pairs: None,
     ) -> Any:
-        """Run a model over every pair; what comes back is what `score` and `report` take."""
+        """Run a model over every pair; what comes back is what `score` and `report` take: by default `Predictions`."""
+        return predict(lambda batch: model(batch).logits, dataset, batch_size, workers, advance)
 
     @abstractmethod
     def score(self, predictions: Any) -> float:
@@ -109,17 +109,6 @@ class SingleLabel(Task):
         logits, label = output.logits.float(), batch["label"]
         total = torch.nn.functional.cross_entropy(logits, label, reduction="sum", ignore_index=-100)
         return Term(total, (label >= 0).sum())
-
-    def predict(
-        self,
-        model: Model,
-        dataset: PairDataset,
-        batch_size: int = 256,
-        workers: int = 0,
-        advance: Callable[[int], None] = lambda pairs: None,
-    ) -> Predictions:
-        """Logits and labels of every pair."""
-        return predict(lambda batch: model(batch).logits, dataset, batch_size, workers, advance)
 
     def score(self, predictions: Predictions) -> float:
         """Share of labelled pairs whose largest logit is the label."""

@@ -5,20 +5,20 @@ Soft scores and answer vocabulary as ViLT makes them; accuracy and normalisation
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dde_cache.batches import Batch, PairDataset, class_numbers
+from dde_cache.batches import Batch, class_numbers
 from dde_cache.errors import InputError
 from dde_cache.losses import Term, answer_bce
 from dde_cache.samples import Shard, Text
-from dde_cache.scores import OTHER_KIND, Baselines, EvaluationReport, Predictions, Score, predict, texts_of
+from dde_cache.scores import OTHER_KIND, Baselines, EvaluationReport, Predictions, Score, texts_of
 from dde_cache.student import DualEncoderOutput
-from dde_cache.tasks.contract import Model, Task, TeacherLogits
+from dde_cache.tasks.contract import Task, TeacherLogits
 
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 """Soft score of an answer that 0, 1, 2, 3, or four and more annotators gave (ViLT)."""
@@ -144,17 +144,6 @@ class Vqa(Task):
         Questions of whose answers none is in the vocabulary are left out, as ViLT leaves them out.
         """
         return answer_bce(output.logits, batch["scores"], batch["scores"].sum(-1) > 0)
-
-    def predict(
-        self,
-        model: Model,
-        dataset: PairDataset,
-        batch_size: int = 256,
-        workers: int = 0,
-        advance: Callable[[int], None] = lambda pairs: None,
-    ) -> Predictions:
-        """Logits, labels, and the soft score of each chosen answer."""
-        return predict(lambda batch: model(batch).logits, dataset, batch_size, workers, advance)
 
     def score(self, predictions: Predictions) -> float:
         """Mean soft score of the chosen answers, as ViLT validates; questions without known answers count as 0.
