@@ -77,6 +77,11 @@ def block_softmax(
     return mask_keys(attention_logits(query, key, scale), key_mask).softmax(-1)
 
 
+def valid_first(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Positions of each row with the valid ones first, otherwise in their order."""
+    return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+
+
 def sparsify(attention: Float[Tensor, "b h q k"], k: int | None, mass: float | None = None) -> SparseAttention:
     """Keep the strongest weights of each row and sum up the rest as tail mass.
 

@@ -13,9 +13,19 @@ from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense,
 from dde_cache.errors import InputError, TeacherError
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Sample, Shard
-from dde_cache.spec import FORMAT_VERSION, Group, Provenance, TargetSpec, UnitAttributes, hash_keys
+from dde_cache.spec import (
+    FORMAT_VERSION,
+    HIDDEN,
+    WHOLE,
+    Group,
+    Provenance,
+    Rows,
+    TargetSpec,
+    UnitAttributes,
+    hash_keys,
+)
 from dde_cache.stream import PairTable
-from dde_cache.teacher import FusionTeacher
+from dde_cache.teacher import FusionTeacher, HiddenStates
 from dde_cache.unit import MapColumns, UnitArrays
 from dde_cache.views import group_arrays, parse_recipe
 from dde_cache.vilt import image_tokens, token_mask
@@ -28,10 +38,10 @@ class Records:
     token_ids: Tensor
     text_tokens: Tensor
     grids: list[Tensor]
-    t2i: list[EncodedAttention]
-    i2t: list[EncodedAttention]
+    rows: Mapping[Rows, list[EncodedAttention]]
     logits: Tensor | None
     pixel_hashes: Tensor | None = None
+    hidden: Sequence[HiddenStates] = ()
 
 
 @dataclass
@@ -87,30 +97,57 @@ class TargetEncoder:
         spec = self._spec
         moved = to_device(batch, self._device)
         pictures = pictures_of(moved)
-        output = self._teacher(tokens_of(moved), pictures, spec.layers, padded_queries=spec.queries == "all")
+        output = self._teacher(
+            tokens_of(moved),
+            pictures,
+            spec.layers,
+            padded_queries=spec.queries == "all",
+            whole=spec.has_whole,
+            hidden=spec.hidden_width is not None,
+        )
         if output.logits is not None:
             self._check_finite(output.logits)
         text_tokens = batch["attention_mask"].sum(-1)
-        encoded: dict[str, list[EncodedAttention]] = {"t2i": [], "i2t": []}
+        encoded: dict[Rows, list[EncodedAttention]] = {name: [] for name in spec.rows}
+        hidden: list[HiddenStates] = []
         for slot, picture in enumerate(pictures):
-            counts = {"t2i": text_tokens, "i2t": image_tokens(picture.grid)}
+            words, patches = text_tokens.to(self._device), image_tokens(picture.grid).to(self._device)
+            keys = {"t2i": patches, "i2t": words}
             for layer in spec.layers:
-                attention = output.attention[slot, layer]
-                for direction, other, maps in (("t2i", "i2t", attention.t2i), ("i2t", "t2i", attention.i2t)):
-                    rows, keys = (counts[name].to(self._device) for name in (direction, other))
-                    encoded[direction].append(self._encode_maps(maps, rows, keys, direction))
-                shape = counts["t2i"] * counts["i2t"]
-                self.kept.dense_bytes += 2 * 2 * spec.stored_heads * int(shape.sum())
+                for name in spec.rows:
+                    of_text = name in ("t2i", "t2w")
+                    filled = words if of_text else patches
+                    every = keys.get(name, words + patches)
+                    encoded[name].append(
+                        self._encode_maps(output.rows(name, slot, layer), filled, every, of_text=of_text)
+                    )
+                    self.kept.dense_bytes += 2 * spec.stored_heads * int((filled * every).sum())
+                if output.hidden:
+                    hidden.append(self._narrow(output.hidden[slot, layer], words, patches))
+                    self.kept.dense_bytes += 2 * (spec.hidden_width or 0) * int((words + patches).sum())
         self.kept.pairs += len(text_tokens)
         return Records(
             token_ids=batch["input_ids"] * batch["attention_mask"],
             text_tokens=text_tokens,
             grids=[picture.grid for picture in pictures],
-            t2i=encoded["t2i"],
-            i2t=encoded["i2t"],
+            rows=encoded,
             logits=None if output.logits is None else output.logits.cpu(),
             pixel_hashes=batch.get("pixel_hashes"),
+            hidden=hidden,
         )
+
+    def _narrow(self, states: HiddenStates, words: Tensor, patches: Tensor) -> HiddenStates:
+        """Hidden states of the valid tokens in float16, with 0 behind them."""
+        narrow = []
+        for part, count in ((states.text, words), (states.image, patches)):
+            part = torch.where(token_mask(count, part.shape[1])[..., None], part, 0).to(torch.float16)
+            if not bool(part.isfinite().all()):
+                raise TeacherError(
+                    "expected hidden states from the teacher that fit float16, got larger or not finite ones; look at "
+                    "its weights, or leave hidden out of --targets"
+                )
+            narrow.append(part.cpu())
+        return HiddenStates(*narrow)
 
     def _check_finite(self, numbers: Tensor) -> None:
         """Refuse what no reader would take.
@@ -124,7 +161,7 @@ class TargetEncoder:
                 "float32 or bfloat16, or look at its weights"
             )
 
-    def _encode_maps(self, maps: Tensor, rows: Tensor, keys: Tensor, direction: str) -> EncodedAttention:
+    def _encode_maps(self, maps: Tensor, rows: Tensor, keys: Tensor, *, of_text: bool) -> EncodedAttention:
         """Encode the maps of one layer; rows that are not stored become empty."""
         spec = self._spec
         if spec.heads == "mean":
@@ -132,7 +169,7 @@ class TargetEncoder:
         valid = token_mask(rows, maps.shape[2])
         if spec.queries == "all":
             # Text is padded to the text length, every row counts; of the padded image rows one is kept.
-            stored = torch.ones_like(valid) if direction == "t2i" else token_mask(rows + 1, maps.shape[2])
+            stored = torch.ones_like(valid) if of_text else token_mask(rows + 1, maps.shape[2])
         else:
             stored = valid
         self.kept.rows += int(valid.sum()) * maps.shape[1]
@@ -203,20 +240,40 @@ def assemble(
         token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
         grid=grid.repeat_interleave(layers, dim=1).flatten(0, 1).numpy(),
     )
+    longest_of = {"t2i": int(columns.image_tokens.max()), "i2t": longest}
+    together = int((columns.text_tokens + columns.image_tokens).max())
+    stacked = {
+        name: _stack([record.rows[name] for record in records], keys=longest_of.get(name, together))
+        for name in spec.rows
+    }
     logits = [record.logits for record in records if record.logits is not None]
     hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
         maps=columns,
-        t2i=_stack([record.t2i for record in records], keys=int(columns.image_tokens.max())),
-        i2t=_stack([record.i2t for record in records], keys=longest),
+        t2i=stacked.get("t2i"),
+        i2t=stacked.get("i2t"),
         prediction_sample=sample.numpy(),
         prediction_text=text.numpy(),
         logits=torch.cat(logits).numpy() if logits else None,
         prediction_view=view.numpy(),
-        further=group_arrays(sample.numpy(), view.numpy(), torch.cat(hashes).numpy()) if hashes else {},
+        further={
+            **(group_arrays(sample.numpy(), view.numpy(), torch.cat(hashes).numpy()) if hashes else {}),
+            **(_hidden_arrays(records, {"text": longest, "image": longest_of["t2i"]}) if records[0].hidden else {}),
+        },
+        whole={name: maps for name, maps in stacked.items() if name in ("t2w", "i2w")},
     )
+
+
+def _hidden_arrays(records: Sequence[Records], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Batches of (image slot, layer) hidden states -> the arrays of the group, those of a pair together."""
+    arrays = {}
+    for name, length in lengths.items():
+        batches = [torch.stack([getattr(one, name) for one in batch.hidden], dim=1).flatten(0, 1) for batch in records]
+        cut = [nn.functional.pad(one[:, :length], (0, 0, 0, max(length - one.shape[1], 0))) for one in batches]
+        arrays[f"{HIDDEN}/{name}"] = torch.cat(cut).numpy()
+    return arrays
 
 
 def _to_width(ids: Tensor, width: int) -> Tensor:
@@ -252,6 +309,10 @@ def unit_attributes(
     groups = {name: Group(required=True) for name, there in held.items() if there}
     if "views/pixels" in arrays.further:
         groups["views"] = Group(required=False)
+    if arrays.whole:
+        groups[WHOLE] = Group(required=False)
+    if f"{HIDDEN}/text" in arrays.further:
+        groups[HIDDEN] = Group(required=False)
     return UnitAttributes(
         format_version=FORMAT_VERSION,
         spec=spec,
