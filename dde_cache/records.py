@@ -11,6 +11,9 @@ from dde_cache.attention import SparseAttention, sparsify
 from dde_cache.batches import Batch, PairDataset, pictures_of, to_device, tokens_of
 from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense, from_parts, steps_of
 from dde_cache.errors import InputError, TeacherError
+from dde_cache.partners import Partner, PartnerPool, PartnerSource, partner_arrays
+from dde_cache.partners import Place as Place
+from dde_cache.passes import pass_name
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Sample, Shard
 from dde_cache.spec import FORMAT_VERSION, Group, Provenance, TargetSpec, UnitAttributes, hash_keys
@@ -153,39 +156,94 @@ class TargetEncoder:
 
 
 def extraction_dataset(
-    shards: Sequence[Shard], table: PairTable, preprocessor: Preprocessor, spec: TargetSpec
+    shards: Sequence[Shard],
+    table: PairTable,
+    preprocessor: Preprocessor,
+    spec: TargetSpec,
+    partners: PartnerSource | None = None,
 ) -> PairDataset:
-    """What the teacher sees of some pairs, in their views.
+    """What the teacher sees of some pairs, in their views and passes.
+
+    Args:
+        shards, table, preprocessor: as for `PairDataset`.
+        spec: what is kept.
+        partners: whose pictures the negative pass shows; None: chosen from the shards.
 
     Raises:
-        InputError: a recipe of views that this version cannot replay.
+        InputError: a recipe of views or passes that this version cannot replay.
     """
-    recipe = parse_recipe(spec.view)
-    return PairDataset(shards, table, preprocessor, (), full_text=spec.queries == "all", recipe=recipe, hashes=True)
+    return PairDataset(
+        shards,
+        table,
+        preprocessor,
+        (),
+        full_text=spec.queries == "all",
+        recipe=parse_recipe(spec.view),
+        hashes=True,
+        passes=[pass_name(recipe) for recipe in spec.passes],
+        partners=partners,
+    )
 
 
-def places(samples: Sequence[Sample], views: int) -> list[tuple[int, int, int]]:
-    """(number of the sample, text slot, view) of everything that a teacher sees of some samples, in a unit's order."""
+def places(samples: Sequence[Sample], spec: TargetSpec) -> list[Place]:
+    """Everything that a teacher sees of some samples, in a unit's order."""
     return [
-        (number, slot, view)
+        (number, slot, view, pass_number)
         for number, sample in enumerate(samples)
         for slot in range(len(sample.texts))
-        for view in range(views)
+        for view in range(spec.views)
+        for pass_number in range(len(spec.passes))
     ]
 
 
+def partners_of(
+    place: Sequence[Place], samples: Sequence[Sample], shard: str, spec: TargetSpec
+) -> dict[Place, Partner]:
+    """The partners of those places whose pass exchanges pictures.
+
+    Args:
+        place: in a unit.
+        samples: all of the unit, by number.
+        shard: its file name.
+        spec: what is kept.
+
+    Raises:
+        InputError: no sample of the shard suits.
+    """
+    exchanging = {number for number, recipe in enumerate(spec.passes) if pass_name(recipe) == "negative"}
+    if not exchanging:
+        return {}
+    pool = PartnerPool(shard, samples)
+    return {
+        (number, slot, view, pass_number): pool.pick(
+            samples[number].key, slot, samples[number].texts[slot].text, view, spec.passes[pass_number]
+        )
+        for number, slot, view, pass_number in place
+        if pass_number in exchanging
+    }
+
+
 def assemble(
-    records: Sequence[Records], samples: Sequence[Sample], place: Sequence[tuple[int, int, int]], spec: TargetSpec
+    records: Sequence[Records],
+    samples: Sequence[Sample],
+    place: Sequence[Place],
+    spec: TargetSpec,
+    partners: Mapping[Place, Partner],
 ) -> UnitArrays:
-    """Put the batches of a unit together, padded to its longest record, sorted by (sample, text, view, image, layer).
+    """Put the batches of a unit together, padded to its longest record, sorted as a unit is.
+
+    Predictions are those of the matched pass: nothing is learned from answers to a text with gaps or beside a strange
+    picture.
 
     Args:
         records: the batches, in the order of `place`.
         samples: of the unit.
-        place: what each row of the batches is of: number of the sample, text slot, view.
+        place: what each row of the batches is of.
         spec: what is kept.
+        partners: by place, of those rows that show another sample's picture.
     """
-    sample, text, view = (torch.tensor(column) for column in zip(*place, strict=True))
+    sample, text, view, passes = (torch.tensor(column) for column in zip(*place, strict=True))
+    matched = passes == 0
     images, layers = len(records[0].grids), len(spec.layers)
     each = images * layers
     grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
@@ -197,7 +255,7 @@ def assemble(
         text=text.repeat_interleave(each).numpy(),
         image=torch.arange(images).repeat_interleave(layers).repeat(pairs).numpy(),
         view=view.repeat_interleave(each).numpy(),
-        passes=np.zeros(pairs * each, np.int64),
+        passes=passes.repeat_interleave(each).numpy(),
         layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
         text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
         token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
@@ -205,17 +263,20 @@ def assemble(
     )
     logits = [record.logits for record in records if record.logits is not None]
     hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
+    further = partner_arrays(partners) if "partners" in spec.groups else {}
+    if hashes:
+        further |= group_arrays(sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[matched].numpy())
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
         maps=columns,
         t2i=_stack([record.t2i for record in records], keys=int(columns.image_tokens.max())),
         i2t=_stack([record.i2t for record in records], keys=longest),
-        prediction_sample=sample.numpy(),
-        prediction_text=text.numpy(),
-        logits=torch.cat(logits).numpy() if logits else None,
-        prediction_view=view.numpy(),
-        further=group_arrays(sample.numpy(), view.numpy(), torch.cat(hashes).numpy()) if hashes else {},
+        prediction_sample=sample[matched].numpy(),
+        prediction_text=text[matched].numpy(),
+        logits=torch.cat(logits)[matched].numpy() if logits else None,
+        prediction_view=view[matched].numpy(),
+        further=further,
     )
 
 
@@ -250,8 +311,9 @@ def unit_attributes(
     """
     held = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
     groups = {name: Group(required=True) for name, there in held.items() if there}
-    if "views/pixels" in arrays.further:
-        groups["views"] = Group(required=False)
+    for name, array in (("views", "pixels"), ("partners", "content")):
+        if f"{name}/{array}" in arrays.further:
+            groups[name] = Group(required=False)
     return UnitAttributes(
         format_version=FORMAT_VERSION,
         spec=spec,

@@ -23,14 +23,16 @@ CHUNK_PAIRS = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """One text of one sample, in one view: shard number, sample key, text slot, number of the view, and whether its
-    picture is mirrored (`train --remap-flips`)."""
+    """One text of one sample, in one view: shard number, sample key, text slot, number of the view, whether its
+    picture is mirrored (`train --remap-flips`), and the number of the pass: 0 is text and picture as the shard has
+    them."""
 
     shard: int
     key: str
     text: int
     view: int = 0
     mirrored: bool = False
+    pass_number: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,32 +51,40 @@ class PairTable:
         pairs: for each shard, its (key, text slot) pairs in tar order.
         views: how often each pair is there, its views one after the other.
         sides: 2 where each view is there as it is and mirrored, otherwise 1.
+        passes: how often each side of a view is there, its passes one after the other.
     """
 
-    def __init__(self, pairs: Sequence[Sequence[tuple[str, int]]], views: int = 1, sides: int = 1) -> None:
-        self._pairs, self._views, self._sides = pairs, views, sides
-        self._starts = (
-            views * sides * np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
-        )
+    def __init__(
+        self, pairs: Sequence[Sequence[tuple[str, int]]], views: int = 1, sides: int = 1, passes: int = 1
+    ) -> None:
+        self._pairs, self._views, self._sides, self._passes = pairs, views, sides, passes
+        self._starts = self.states * np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
+
+    @property
+    def states(self) -> int:
+        """How many numbers each pair has."""
+        return self._views * self._sides * self._passes
 
     @classmethod
-    def of(cls, shards: Sequence[Shard], views: int = 1) -> "PairTable":
+    def of(cls, shards: Sequence[Shard], views: int = 1, passes: int = 1) -> "PairTable":
         """List the pairs of opened shards."""
         pairs = [[(sample.key, slot) for sample in shard for slot in range(len(sample.texts))] for shard in shards]
-        return cls(pairs, views)
+        return cls(pairs, views, passes=passes)
 
-    def in_views(self, views: int, sides: int = 1) -> "PairTable":
-        """The same pairs in views: side s of view v of pair n has the number (n * views + v) * sides + s."""
-        return PairTable(self._pairs, views, sides)
+    def in_views(self, views: int, sides: int = 1, passes: int = 1) -> "PairTable":
+        """The same pairs in views: pass p of side s of view v of pair n has the number
+        ((n * views + v) * sides + s) * passes + p."""
+        return PairTable(self._pairs, views, sides, passes)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Pair:
         shard = bisect_right(self._starts, number) - 1
-        place, state = divmod(number - int(self._starts[shard]), self._views * self._sides)
+        place, state = divmod(number - int(self._starts[shard]), self.states)
+        state, pass_number = divmod(state, self._passes)
         view, side = divmod(state, self._sides)
-        return Pair(shard, *self._pairs[shard][place], view, bool(side))
+        return Pair(shard, *self._pairs[shard][place], view, bool(side), pass_number)
 
     def batches(self, shard: int, batch_size: int) -> list[list[int]]:
         """Pair numbers of one shard in file order, cut into batches."""

@@ -17,6 +17,7 @@ from pydantic import Field
 from dde_cache.codec import EncodedAttention
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.layout import VIEW_COLUMNS
+from dde_cache.partners import cut_partners
 from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry, difference, hash_json, hash_keys
 from dde_cache.staging import StagedCache, check_free
 from dde_cache.store import Cache
@@ -218,10 +219,11 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         logits=logits,
         prediction_view=columns["view"],
         prediction_pass=columns["pass"],
-        further=_cut_views(unit, place) if "views" in unit.attributes.groups else {},
+        further=(_cut_views(unit, place) if "views" in unit.attributes.groups else {})
+        | (cut_partners(unit, place) if unit.has_partners else {}),
     )
     held = (
-        {"samples", "views"}
+        {"samples", "views", "partners"}
         | ({"maps"} if maps is not None else set())
         | ({"predictions"} if logits is not None else set())
     )

@@ -1,11 +1,8 @@
 """Distillation targets of pairs, read from a cache by key."""
 
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,55 +14,21 @@ from dde_cache.attention import Attention
 from dde_cache.blocks import Allocate
 from dde_cache.chunks import Chunks, in_threads
 from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, part_names
-from dde_cache.drift import PixelHashes
 from dde_cache.errors import CacheError, PixelDrift, PixelDriftWarning
 from dde_cache.join import join, units_by_source
-from dde_cache.layout import DIRECTIONS, PREDICTION_COLUMNS
+from dde_cache.layout import DIRECTIONS
+from dde_cache.lookup import OpenUnit, Table, text_number
 from dde_cache.mirror import mirror_maps
-from dde_cache.samples import Sample, Shard
+from dde_cache.partners import Partner
+from dde_cache.samples import Sample, Shard, Text
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
-from dde_cache.unit import Unit
 from dde_cache.views import is_spot_checked
 
 Batch = dict[str, Tensor]
-Table = Literal["record", "prediction"]
 
 Pixels = Literal["every", "spot"]
 """Every sample, or one in a hundred (`views.is_spot_checked`)."""
-
-
-@dataclass(frozen=True)
-class _OpenUnit:
-    """A unit with the tables by which pairs are found in it."""
-
-    unit: Unit
-    sample: Mapping[str, int]
-    record: Mapping[int, int]
-    prediction: Mapping[int, int]
-    views: int
-    hashes: PixelHashes | None
-
-    def rows(self, table: Table, chunk: int) -> int:
-        """How many rows of a chunk an epoch takes.
-
-        Of several views it takes one, and which is not known here: then the budget alone decides how long it stays.
-        """
-        return self._counts[table].get(chunk, 0) if self.views == 1 else sys.maxsize
-
-    @cached_property
-    def _counts(self) -> Mapping[str, Mapping[int, int]]:
-        tables = {"record": self.record, "prediction": self.prediction}
-        return {name: Counter(row // CHUNK_PAIRS for row in table.values()) for name, table in tables.items()}
-
-    def number(self, key: str) -> int:
-        """Where a sample is in the unit."""
-        if key not in self.sample:
-            raise CacheError(
-                f"unit of shard {self.unit.attributes.source}: expected sample {key!r} of that shard, but the unit has "
-                "no such key: the cache was made from other shards of that name; pass the cache of these shards"
-            )
-        return self.sample[key]
 
 
 class _Place(NamedTuple):
@@ -101,6 +64,7 @@ class CacheTargets:
         padded_queries: whether to read padded query rows, which the cache must then have.
         pixels: of which samples the pixels of a view are compared with what the teacher saw.
         allow_drift: warn about other pixels, once a process, instead of refusing them.
+        passes: numbers of the passes that are read, in `spec.passes`; predictions are those of pass 0.
     """
 
     def __init__(
@@ -113,7 +77,9 @@ class CacheTargets:
         padded_queries: bool = False,
         pixels: Pixels = "spot",
         allow_drift: bool = False,
+        passes: Sequence[int] = (0,),
     ) -> None:
+        self._passes = tuple(passes)
         self._cache, self._layer = cache, layer
         self._pixels, self._allow_drift, self._warned = pixels, allow_drift, False
         self._attention, self._padded_queries = attention, padded_queries
@@ -135,20 +101,9 @@ class CacheTargets:
         self._maps: Chunks[_Place, EncodedAttention] = Chunks(self._read_maps, self._rows("record"))
         self._logits: Chunks[_Place, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
 
-    def _open_unit(self, name: str) -> _OpenUnit:
-        unit = self._cache.unit(self._entries[name])
-        records: Mapping[int, int] = {}
-        if self._attention:
-            maps = unit.maps
-            chosen = (maps.layer == self._layer) & (maps.passes == 0)
-            records = _row_of_text(maps.sample, maps.text, maps.view, maps.image, chosen)
-        predictions: Mapping[int, int] = {}
-        if unit.has_logits:
-            sample, text, view, passes = (unit.array(f"predictions/{name}") for name in PREDICTION_COLUMNS)
-            predictions = _row_of_text(sample, text, view, np.zeros_like(text), passes == 0)
-        samples = {key: number for number, key in enumerate(unit.keys)}
-        hashes = PixelHashes(unit) if unit.has_pixel_hashes else None
-        return _OpenUnit(unit, samples, records, predictions, self._cache.spec.views, hashes)
+    def _open_unit(self, name: str) -> OpenUnit:
+        layer = self._layer if self._attention else None
+        return OpenUnit.of(self._cache.unit(self._entries[name]), layer, self._passes)
 
     def _home(self, shard: int, key: str) -> str:
         """Name the unit that holds a key: one of those of the shard's file name.
@@ -170,8 +125,7 @@ class CacheTargets:
         Raises:
             CacheError: pictures or texts have changed since the extraction.
         """
-        held = self._units(self._home(shard, sample.key))
-        stored = held.unit.content[held.number(sample.key)].tobytes()
+        held, stored = self._content(shard, sample.key)
         if stored != sample.content_hash():
             raise CacheError(
                 f"sample {sample.key!r} of shard {self._sources[shard]}: its picture or texts are not those that the "
@@ -180,14 +134,51 @@ class CacheTargets:
                 "--out) and extract again from these shards"
             )
 
+    def _content(self, shard: int, key: str) -> tuple[OpenUnit, bytes]:
+        """The unit that knows a sample, and its content: its own, or as the partner of another.
+
+        Raises:
+            CacheError: no unit of the shard's file name knows it.
+        """
+        for name in self._names[shard]:
+            held = self._units(name)
+            if key in held.sample:
+                return held, held.unit.content[held.sample[key]].tobytes()
+        for name in self._names[shard]:
+            held = self._units(name)
+            if key in held.lent:
+                return held, held.lent[key]
+        held = self._units(self._home(shard, key))
+        return held, held.unit.content[held.number(key)].tobytes()
+
+    def partner(self, pair: Pair, _text: Text) -> Partner:
+        """The sample whose picture the teacher saw beside a pair's text.
+
+        Raises:
+            CacheError: the unit does not say.
+        """
+        held = self._units(self._home(pair.shard, pair.key))
+        sample = held.number(pair.key)
+        for number in self._passes:
+            found = held.partner.get((sample, pair.text, pair.view, number))
+            if found is not None:
+                return found
+        raise CacheError(
+            f"{held.unit.path}: expected the partner of text {pair.text} of sample {pair.key!r} in view {pair.view}, "
+            "found none; run `dde-cache verify`"
+        )
+
     def check_pixels(self, shard: int, key: str, view: int, levels: Callable[[], Sequence[np.ndarray]]) -> None:
         """Compare the pixels of a view with what the teacher saw, where its sample is among those that are checked.
 
         Raises:
             PixelDrift: they are others, and that is not allowed.
         """
-        held = self._units(self._home(shard, key))
-        if held.hashes is None or not (self._pixels == "every" or is_spot_checked(key)):
+        if not (self._pixels == "every" or is_spot_checked(key)):
+            return
+        held, _content = self._content(shard, key)
+        # Of a partner that was cut away its content is known, but not its pixels.
+        if held.hashes is None or key not in held.sample:
             return
         try:
             held.hashes.check(held.number(key), key, view, levels())
@@ -210,18 +201,19 @@ class CacheTargets:
     def _members(self, pairs: Sequence[Pair], table: Table, image: int = 0) -> Sequence[_Members]:
         """Group pairs by the chunk in which their rows of a table lie; of maps, those of one image slot."""
         members: dict[tuple[str, int], _Members] = {}
-        opened: dict[str, tuple[_OpenUnit, Mapping[int, int]]] = {}
+        opened: dict[str, tuple[OpenUnit, Mapping[int, Mapping[int, int]]]] = {}
         for number, pair in enumerate(pairs):
             name = self._home(pair.shard, pair.key)
             if name not in opened:
                 held = self._units(name)
                 opened[name] = held, getattr(held, table)
             unit, rows = opened[name]
-            row = rows.get(_text_number(unit.number(pair.key), pair.text, pair.view, image))
+            number_of_text = text_number(unit.number(pair.key), pair.text, pair.view, image)
+            row = rows.get(pair.pass_number, {}).get(number_of_text)
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
-                    f"{pair.key!r} in view {pair.view}, found none"
+                    f"{pair.key!r} in view {pair.view}, pass {pair.pass_number}, found none"
                 )
             place = (name, row // CHUNK_PAIRS)
             if place not in members:
@@ -234,10 +226,11 @@ class CacheTargets:
         """Read the targets of a batch, still encoded; one row a pair.
 
         Returns:
-            `logits` [b, c] where the cache has predictions; with attention also `token_ids` [b, t] (0 where padded),
-            `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of sparse weights `index`, `weight`
-            [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes of the other direction, without
-            the padded image row. Of samples with two images, those of the second are `grid1`, `t2i1.*` and `i2t1.*`.
+            `logits` [b, c] where the cache has predictions and all pairs are of pass 0; with attention also
+            `token_ids` [b, t] (0 where padded), `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of
+            sparse weights `index`, `weight` [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes
+            of the other direction, without the padded image row. Of samples with two images, those of the second are
+            `grid1`, `t2i1.*` and `i2t1.*`.
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
@@ -247,7 +240,7 @@ class CacheTargets:
             # Most of a unit's opening is its hash. What is behind a URL is fetched one by one, when it is opened.
             in_threads(self._cache.check, [self._entries[name] for name in named if name not in self._units])
         batch: dict[str, Tensor] = {}
-        if self._cache.spec.classes is not None:
+        if self._cache.spec.classes is not None and not any(pair.pass_number for pair in pairs):
             batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
         if not self._attention:
             return batch
@@ -294,21 +287,6 @@ class CacheTargets:
 def slot_name(target: str, image: int) -> str:
     """The name of a target of an image slot: that of the first has no number."""
     return f"{target}{image}" if image else target
-
-
-def _row_of_text(
-    sample: np.ndarray, text: np.ndarray, view: np.ndarray, image: np.ndarray, chosen: np.ndarray
-) -> Mapping[int, int]:
-    """The row of each text in each view with each image among those that are chosen, by `_text_number`."""
-    rows = np.flatnonzero(chosen)
-    numbers = _text_number(*(column[rows].astype(np.int64) for column in (sample, text, view, image)))
-    return dict(zip(numbers.tolist(), rows.tolist(), strict=True))
-
-
-def _text_number(sample: Any, text: Any, view: Any, image: Any = 0) -> Any:
-    """One number for sample (24 bits), text slot and view (16 bits each) and image slot (1 bit): half a million tuples
-    are slow to keep."""
-    return sample << 33 | text << 17 | view << 1 | image
 
 
 def _rows_of(place: _Place) -> slice:

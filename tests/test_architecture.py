@@ -12,9 +12,9 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
     "errors", "spec", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images", "tars", "samples",
-    "stream", "chunks", "layout", "arrays", "unit", "audit", "preprocess", "views", "drift", "assets", "manifest",
+    "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views", "passes", "partners", "audit", "drift", "assets", "manifest",
     "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share", "staging", "subset",
-    "merge", "vilt", "teacher", "student", "losses", "join", "targets", "batches", "records", "scores", "tasks",
+    "merge", "vilt", "teacher", "student", "losses", "join", "lookup", "targets", "batches", "records", "scores", "tasks",
     "runs", "replay", "interrupt", "fit", "distill", "presets", "teach", "identity", "plan", "extract",
     "recompute", "verify", "repair", "summary", "importers", "train", "evaluate", "demo",
 )  # fmt: skip
