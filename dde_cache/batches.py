@@ -1,6 +1,8 @@
 """Pairs -> batches of tensors, read in worker processes."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -238,8 +240,18 @@ def batch_loader(dataset: PairDataset, order: BatchOrder | Sequence[list[int]], 
 
 
 def _leave_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides when to stop."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the main one decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there SIGTERM ends a worker, and the run with it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process on the SIGTERM of its parent, and on no other."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _whole(batch: Batch) -> Batch:
