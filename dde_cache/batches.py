@@ -1,7 +1,9 @@
 """Pairs -> batches of tensors, read in worker processes."""
 
+import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,9 +13,10 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.agreement import check_inputs
+from dde_cache.errors import InputError, bullet_list
 from dde_cache.partners import PartnersOfShards, PartnerSource
-from dde_cache.passes import UNMASKED, PassName, Words, mask_batch
+from dde_cache.passes import RECIPES, UNMASKED, PassName, Words, identities, mask_batch, plain
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
 from dde_cache.samples import Sample, Shard, Text
 from dde_cache.spec import HASH_BYTES
@@ -81,10 +84,13 @@ class PairDataset(Dataset[Batch]):
         encode: makes tensors of the labels.
         recipe: how views are drawn; None: pictures as processed.
         hashes: with a recipe, also give `pixel_hashes` [b, image slots, 8], uint8.
+        identities: also give `picture` and `text` [b]: numbers that are equal where the pictures' bytes or the texts
+            (but for case and spaces) are the same, in one sample or in two.
         passes: what the pass numbers of pairs mean.
         beside: passes that each batch also has, of the same pairs: `masked.input_ids` and `masked.guess` [b, t] (the
             tokens to guess, `UNMASKED` elsewhere), `negative.pixels0`, ..., and their targets as `masked.target.*`.
             What a pass shares with the matched one is not there a second time.
+        taught: of the passes beside, those whose targets are read, where `passes` has them.
         partners: whose pictures the negative pass shows; None: chosen from the shards.
     """
 
@@ -102,8 +108,11 @@ class PairDataset(Dataset[Batch]):
         hashes: bool = False,
         passes: Sequence[PassName] = ("matched",),
         beside: Sequence[PassName] = (),
+        taught: Collection[PassName] = tuple(RECIPES),
         partners: PartnerSource | None = None,
+        identities: bool = False,
     ) -> None:
+        self._taught_passes, self._identities = taught, identities
         self._passes, self._beside = tuple(passes), tuple(beside)
         self._words = Words.of(preprocessor.processor.tokenizer) if "masked" in (*passes, *beside) else None
         self._partners: PartnerSource = partners or PartnersOfShards(shards)
@@ -172,6 +181,9 @@ class PairDataset(Dataset[Batch]):
             **self._encode(texts, self._classes),
             **self._pictured(pairs, texts, names),
         }
+        if self._identities:
+            batch |= {"picture": identities([self._view(pair).sample.pictures_hash() for pair in pairs])}
+            batch |= {"text": identities([plain(text.text).encode() for text in texts])}
         if self._targets is not None:
             batch |= self._taught(self._targets, pairs, batch)
         for name in self._beside:
@@ -216,7 +228,7 @@ class PairDataset(Dataset[Batch]):
             shown["input_ids"], shown["guess"] = self._masked(tokens_of(batch), pairs, names)
         else:
             shown = self._pictured(pairs, texts, names)
-        if self._targets is None or name not in self._passes:
+        if self._targets is None or name not in self._passes or name not in self._taught_passes:
             return shown
         number = self._passes.index(name)
         return shown | self._taught(self._targets, [replace(pair, pass_number=number) for pair in pairs], batch | shown)
@@ -226,38 +238,8 @@ class PairDataset(Dataset[Batch]):
         """The targets of a batch, made from what the batch has."""
         taught = {f"target.{name}": value for name, value in targets.targets(pairs).items()}
         inputs = {name: value for name, value in batch.items() if not name.startswith("target.")}
-        _check_inputs(inputs | taught, pairs)
+        check_inputs(inputs | taught, pairs)
         return taught
-
-
-def of_pass(batch: Batch, name: PassName) -> Batch:
-    """A batch as one of its passes shows it: what is not its own is that of the matched one."""
-    if name == "matched":
-        return batch
-    prefix = f"{name}."
-    own = {field.removeprefix(prefix): value for field, value in batch.items() if field.startswith(prefix)}
-    return {field: value for field, value in batch.items() if not field.startswith("target.")} | own
-
-
-def _check_inputs(batch: Batch, pairs: Sequence[Pair]) -> None:
-    """Refuse targets that the teacher made from other tokens or another patch grid than this batch has."""
-    if "target.grid" not in batch:
-        return
-    length = batch["target.token_ids"].shape[1]
-    ids = (batch["input_ids"] * batch["attention_mask"])[:, :length]
-    grids = [
-        (f"patch grid{' of image 1' if slot else ''}", batch[name], batch[f"grid{slot}"])
-        for slot, name in enumerate(("target.grid", "target.grid1"))
-        if name in batch
-    ]
-    for name, expected, got in (("tokens", batch["target.token_ids"], ids), *grids):
-        wrong = [0] if expected.shape != got.shape else (expected != got).any(-1).nonzero()[:, 0].tolist()
-        if wrong:
-            pair = pairs[wrong[0]]
-            raise CacheError(
-                f"sample {pair.key!r}, text {pair.text}: the teacher saw {name} {expected[wrong[0]].tolist()}, here "
-                f"they are {got[wrong[0]].tolist()}; tokenizer or image processor are not the teacher's"
-            )
 
 
 def tokens_of(batch: Batch) -> TokenBatch:
@@ -307,8 +289,18 @@ def batch_loader(dataset: PairDataset, order: BatchOrder | Sequence[list[int]], 
 
 
 def _leave_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides when to stop."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the main one decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there SIGTERM ends a worker, and the run with it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process on the SIGTERM of its parent, and on no other."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _whole(batch: Batch) -> Batch:

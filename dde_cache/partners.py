@@ -4,7 +4,6 @@ A partner is chosen by hash among the samples of the same shard, so that a reade
 A cache names the partners that its teacher saw, in the group `partners`; docs/format.md describes it.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from jaxtyping import Int
 from dde_cache.arrays import key_arrays
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.layout import PARTNER_COLUMNS
-from dde_cache.passes import NEGATIVE
+from dde_cache.passes import NEGATIVE, plain
 from dde_cache.samples import Sample, Shard, Text
 from dde_cache.stream import Pair, Recent
 from dde_cache.unit import Unit
@@ -79,7 +78,7 @@ class PartnerPool:
             other != key
             and candidate.images == own.images
             and candidate.pictures != own.pictures
-            and _plain(text) not in candidate.texts
+            and plain(text) not in candidate.texts
         )
 
     def pick(self, key: str, slot: int, text: str, view: int = 0, recipe: str = NEGATIVE) -> Partner:
@@ -115,16 +114,8 @@ class PartnerPool:
 
 
 def _candidate(sample: Sample) -> _Candidate:
-    digest = hashlib.sha256()
-    for image in sample.images:
-        digest.update(hashlib.sha256(image.content).digest())
-    texts = frozenset(_plain(text.text) for text in sample.texts)
-    return _Candidate(sample.content_hash(), len(sample.images), digest.digest(), texts)
-
-
-def _plain(text: str) -> str:
-    """A text without what does not change its meaning: case and spaces."""
-    return " ".join(text.casefold().split())
+    texts = frozenset(plain(text.text) for text in sample.texts)
+    return _Candidate(sample.content_hash(), len(sample.images), sample.pictures_hash(), texts)
 
 
 class PartnerSource(Protocol):

@@ -5,11 +5,13 @@ function of (recipe, key, text slot, view), and of the shard where a picture is 
 SHA-256 of those, so that teacher and student see the same, in whatever order and by how many processes they read.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from dde_cache.errors import InputError
@@ -142,3 +144,23 @@ def mask_batch(ids: Tensor, mask: Tensor, pairs: Sequence[Pair], words: Words) -
         shown, hidden = mask_tokens(ids[row, :count].tolist(), words, pair.key, pair.text, pair.view)
         read[row, :count], guess[row, :count] = torch.tensor(shown), torch.tensor(hidden)
     return read, guess
+
+
+def of_pass(batch: Mapping[str, Tensor], name: PassName) -> dict[str, Tensor]:
+    """A batch as one of its passes shows it: what is not its own is that of the matched one."""
+    if name == "matched":
+        return dict(batch)
+    prefix = f"{name}."
+    own = {field.removeprefix(prefix): value for field, value in batch.items() if field.startswith(prefix)}
+    return {field: value for field, value in batch.items() if not field.startswith("target.")} | own
+
+
+def plain(text: str) -> str:
+    """A text without what does not change its meaning: case and spaces."""
+    return " ".join(text.casefold().split())
+
+
+def identities(contents: Sequence[bytes]) -> Int[Tensor, " b"]:
+    """One number for each content, equal where contents are: eight bytes of SHA-256."""
+    digests = (hashlib.sha256(content).digest()[:8] for content in contents)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])

@@ -16,13 +16,13 @@ from pipeline import all_pairs, cli, make_cache, make_shards, png, tree
 
 from dde_cache.arrays import UnitArrays
 from dde_cache.audit import audit
-from dde_cache.batches import PairDataset, batch_loader, of_pass, pictures_of, tokens_of
+from dde_cache.batches import PairDataset, batch_loader, pictures_of, tokens_of
 from dde_cache.codec import dense_rows, from_parts
 from dde_cache.errors import CacheError, InputError
 from dde_cache.extract import ExtractConfig, extract, plan_extraction
 from dde_cache.merge import merge
 from dde_cache.partners import PartnerPool, PartnersOfShards, partner_arrays, read_partners
-from dde_cache.passes import MASKED, NEGATIVE, RECIPES, UNMASKED, Words, mask_tokens, pass_name
+from dde_cache.passes import MASKED, NEGATIVE, RECIPES, UNMASKED, Words, mask_tokens, of_pass, pass_name
 from dde_cache.repair import repair
 from dde_cache.samples import Sample, Text
 from dde_cache.store import Cache
