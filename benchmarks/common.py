@@ -25,7 +25,8 @@ from PIL import Image
 from transformers import BertTokenizer, ViltConfig, ViltForQuestionAnswering, ViltImageProcessorPil, ViltProcessor
 from transformers.utils import logging
 
-from dde_cache.samples import EncodedImage, Sample, Shard, Text, open_shards, write_shards
+from dde_cache.samples import EncodedImage, Sample, Shard, Text, open_shards
+from dde_cache.write_shards import write_shards
 
 Size = Literal["small", "full"]
 

@@ -39,13 +39,14 @@ from dde_cache.extract import ExtractConfig, extract
 from dde_cache.importers.shapes import shapes
 from dde_cache.join import join
 from dde_cache.losses import dense_kl, log_attention, sparse_kl, weighted_mean
-from dde_cache.samples import Shard, open_shards, write_shards
+from dde_cache.prepare import labels_only
+from dde_cache.samples import Shard, open_shards
 from dde_cache.spec import Weights
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, BatchOrder, Shuffle
 from dde_cache.student import DualEncoder, new_student
 from dde_cache.targets import CacheTargets
-from dde_cache.train import labels_only
+from dde_cache.write_shards import write_shards
 
 CELLS = 10
 LEVEL = 9

@@ -22,8 +22,9 @@ from common import TINY, arguments, print_machine, print_ratio, save_teacher
 from dde_cache.importers.shapes import shapes
 from dde_cache.mirror import mirrored_order
 from dde_cache.preprocess import PixelBatch
-from dde_cache.samples import Shard, open_shards, write_shards
+from dde_cache.samples import Shard, open_shards
 from dde_cache.teacher import SAMPLE_TEACHER, FusionTeacher, resolve
+from dde_cache.write_shards import write_shards
 
 
 def divergence(true: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,11 @@ from common import TINY, arguments, print_machine, print_ratio, save_teacher
 
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.importers.shapes import shapes
-from dde_cache.samples import open_shards, write_shards
+from dde_cache.samples import open_shards
 from dde_cache.store import Cache
 from dde_cache.summary import summarise
 from dde_cache.teacher import SAMPLE_TEACHER, resolve
+from dde_cache.write_shards import write_shards
 
 KEPT: tuple[int | None, ...] = (2, 4, 8, None)
 

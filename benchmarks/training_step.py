@@ -22,22 +22,24 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import TINY, VILT_B32, arguments, pictures_with_questions, print_machine, print_ratio, save_teacher
-from torch import nn
+from torch import Tensor, nn
 
 from dde_cache.batches import Batch, PairDataset, batch_loader
 from dde_cache.distill import CachedTargets, OnlineTargets, StudentLosses, Targets, TrainConfig
 from dde_cache.extract import ExtractConfig, extract
-from dde_cache.fit import Fit, Losses, Progress
+from dde_cache.fit import Fit, Progress
+from dde_cache.prepare import labels_only
 from dde_cache.samples import Shard, open_shards
 from dde_cache.store import Cache
 from dde_cache.stream import BatchOrder, PairTable
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import labels_only
+from dde_cache.terms import Losses, Objective, Sizes
 
 WAYS = ("labels", "cached", "online")
 
@@ -46,18 +48,33 @@ class Enough(Exception):
     """Ends a run before it writes a checkpoint, which takes more memory than a step."""
 
 
-class Turns:
+class Turns(Objective[Any]):
     """Losses of several ways, one after the other, step by step."""
 
     def __init__(self, config: TrainConfig, ways: Sequence[Targets]) -> None:
-        self._losses = [StudentLosses(config, targets, False) for targets in ways]
-        self._step = 0
+        self._ways = [StudentLosses(config, targets, False) for targets in ways]
+        self._step = -1
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Run the next way."""
-        losses = self._losses[self._step % len(self._losses)]
+    def sizes(self, batches: Sequence[Batch]) -> Sizes:
+        """Go on to the next way: a step begins here."""
         self._step += 1
-        return losses(model, batch)
+        return self._way.sizes(batches)
+
+    def rows(self, batches: Sequence[Batch], sizes: Sizes) -> Mapping[str, int]:
+        """Rows of this turn's terms."""
+        return self._way.rows(batches, sizes)
+
+    def sums(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Mapping[str, Tensor]:
+        """Sums of this turn's terms."""
+        return self._way.sums(model, batch, sizes)
+
+    def means(self, sums: Mapping[str, Tensor], rows: Mapping[str, int]) -> Losses:
+        """Means of this turn's terms."""
+        return self._way.means(sums, rows)
+
+    @property
+    def _way(self) -> StudentLosses:
+        return self._ways[self._step % len(self._ways)]
 
 
 def targets_of(way: str, folder: Path) -> Targets:
@@ -101,8 +118,8 @@ def run_steps(folder: Path, run: Path, ways: Sequence[str], steps: int, batch_si
     )
     with contextlib.suppress(Enough):
         fit(
-            lambda step: batch_loader(
-                dataset, BatchOrder(table, config.shuffle(), batch_size, step, steps), config.workers
+            lambda step, share: batch_loader(
+                dataset, BatchOrder(table, config.shuffle(), batch_size, step, steps, share), config.workers
             )
         )
     return marks

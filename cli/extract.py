@@ -48,6 +48,9 @@ def extract(
     view_recipe: str | None = typer.Option(
         None, help=f"How views are drawn: {', '.join(RECIPES)}. Default with --views: {DEFAULT_RECIPE}."
     ),
+    passes: str | None = typer.Option(
+        None, help="matched, and masked or negative beside it, with commas; one forward pass each. Default matched."
+    ),
     batch_size: int | None = typer.Option(None, help="Pairs a forward pass. Default 64."),
     workers: int | None = typer.Option(None, help="Processes that read ahead. Default 0."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, ... Default cpu."),
@@ -78,6 +81,7 @@ def extract(
         dtype=dtype,
         views=views,
         view=view_recipe,
+        passes=tuple(name.strip() for name in passes.split(",")) if passes is not None else None,
         batch_size=batch_size,
         workers=workers,
         device=device,
@@ -145,7 +149,7 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
 def _plan_table(plan: ExtractPlan, out: Path) -> Table:
     table = Table(title=escape(f"extraction into {out}"), show_header=False)
     rows = {
-        "pairs to extract": f"{plan.pairs:,} in {plan.units:,} units{_in_views(plan.views)}",
+        "pairs to extract": f"{plan.pairs:,} in {plan.units:,} units{_shown(plan.views, plan.passes)}",
         "pairs in finished units": f"{plan.finished_pairs:,}",
         "size": f"{plan.bytes / 1e6:,.1f} MB, {plan.bytes_a_pair:,.0f} bytes a pair",
         "time": f"{_duration(plan.seconds)} ({plan.pairs_a_second:,.1f} pairs/s)",
@@ -157,8 +161,8 @@ def _plan_table(plan: ExtractPlan, out: Path) -> Table:
     return table
 
 
-def _in_views(views: int) -> str:
-    return "" if views == 1 else f", {views} views of each"
+def _shown(views: int, passes: int) -> str:
+    return ("" if views == 1 else f", {views} views of each") + ("" if passes == 1 else f", {passes} passes of each")
 
 
 def _duration(seconds: float) -> str:
@@ -171,7 +175,7 @@ def _summary_table(summary: ExtractSummary, out: Path) -> Table:
     table = Table(title=escape(f"targets in {out}"), show_header=False)
     rate = summary.pairs / summary.seconds
     rows = {
-        "pairs extracted": f"{summary.pairs:,}{_in_views(summary.views)} in {summary.seconds:.1f} s "
+        "pairs extracted": f"{summary.pairs:,}{_shown(summary.views, summary.passes)} in {summary.seconds:.1f} s "
         f"({rate:,.0f} pairs/s)",
         "pairs in finished units": f"{summary.skipped_pairs:,}",
         "units": f"{summary.units:,}",

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from dde_cache.configs import resolve_config
 from dde_cache.fit import Progress as FitProgress
+from dde_cache.ranks import Ranks
 from dde_cache.samples import open_shards
 from dde_cache.teach import TeachConfig, train_teacher
 
@@ -53,8 +54,11 @@ def train(
         seed=seed,
     )
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
-    with progress("loss {task.fields[loss]}", "valid {task.fields[valid]}") as bar:
-        task = bar.add_task("teacher", total=settings.steps, visible=False, loss="-", valid="-")
+    ranks = Ranks()
+    bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}")
+    bar.disable = not ranks.first
+    with bar:
+        task = bar.add_task("teacher", visible=False, loss="-", valid="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
             bar.update(task, completed=number, visible=True, loss=f"{record['loss']:.3f}")
@@ -70,8 +74,10 @@ def train(
             valid=held_out,
             resume=resume,
             source=shards,
-            progress=FitProgress(step, valid_accuracy),
+            progress=FitProgress(step, valid_accuracy, lambda total: bar.update(task, total=total)),
         )
+    if not ranks.first:
+        return
     if taught.score is not None:
         console.print(score_table(taught.score, escape(f"{out} on {valid}")))
     console.print(f"teacher saved in {out}", highlight=False)

@@ -4,26 +4,24 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.markup import escape
 
 from dde_cache.configs import resolve_config
+from dde_cache.distill import CachedTargets, OnlineTargets, Targets, TrainConfig
 from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.join import OnMissing
+from dde_cache.prepare import labels_only
 from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
+from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import (
-    CachedTargets,
-    OnlineTargets,
-    Targets,
-    TrainConfig,
-    labels_only,
-)
+from dde_cache.train import RunRecord
 from dde_cache.train import train as run_train
 
 from .console import console, errors, print_json, progress
@@ -51,8 +49,10 @@ def train(
     config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
     on_missing: str = typer.Option("error", help="Samples without targets, or the reverse: error or skip."),
-    steps: int | None = typer.Option(None),
-    batch_size: int | None = typer.Option(None, help="Pairs a step."),
+    steps: int | None = typer.Option(None, help="Optimizer steps."),
+    epochs: int | None = typer.Option(None, help="Passes over the pairs, instead of --steps."),
+    batch_size: int | None = typer.Option(None, help="Pairs a step, of all ranks together."),
+    accumulate: int | None = typer.Option(None, help="Micro-batches that a rank cuts its share of a batch into."),
     learning_rate: float | None = typer.Option(None),
     precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
     seed: int | None = typer.Option(None),
@@ -64,6 +64,7 @@ def train(
     allow_pixel_drift: bool = typer.Option(
         False, "--allow-pixel-drift", help="Go on where views are drawn with other pixels than the teacher saw."
     ),
+    tensorboard: bool | None = typer.Option(None, "--tensorboard", help="Write the metrics for TensorBoard too."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
     cache_dir: Path | None = CACHE_DIR,
     cache_limit: str | None = CACHE_LIMIT,
@@ -75,29 +76,32 @@ def train(
     given = {
         "task": task_name,
         "steps": steps,
+        "epochs": epochs,
         "batch_size": batch_size,
+        "accumulate": accumulate,
         "learning_rate": learning_rate,
         "precision": precision,
         "seed": seed,
         "tail": tail,
         "workers": workers,
         "remap_flips": remap_flips or None,
+        "tensorboard": tensorboard,
     }
-    # The task may come from the file; what it begins with then stands below what the file says.
-    chosen_task = resolve_config(TrainConfig, config, set_, **given).task
-    settings = resolve_config(TrainConfig, config, set_, task_settings(chosen_task, preset), **given)
+    settings = _settings(config, set_, preset, given)
+    ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if allow_pixel_drift and isinstance(chosen, CachedTargets):
         chosen = replace(chosen, allow_pixel_drift=True)
-    if preset:
-        for line in lacking_of_preset(preset, chosen, init):
+    for line in lacking_of_preset(preset, chosen, init) if preset else ():
+        if ranks.first:
             errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
-    columns = ("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
-    with warnings.catch_warnings(), progress(*columns) as bar:
+    bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
+    bar.disable = not ranks.first
+    with warnings.catch_warnings(), bar:
         warnings.simplefilter("always", PixelDriftWarning)
         warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
-        task = bar.add_task("train", total=settings.steps, visible=False, loss="-", valid="-", wait="-")
+        task = bar.add_task("train", visible=False, loss="-", valid="-", wait="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
             wait = record["wait_seconds"] / max(record["seconds"], 1e-9)
@@ -112,13 +116,34 @@ def train(
             valid=held_out,
             resume=resume,
             about={"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset},
-            progress=FitProgress(step, lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}")),
+            progress=FitProgress(
+                step,
+                lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
+                lambda steps: bar.update(task, total=steps),
+            ),
         )
-    if json:
+    if ranks.first:
+        _show(record, out, json)
+
+
+def _show(record: RunRecord, out: Path, as_json: bool) -> None:
+    """Say how a run ended."""
+    if as_json:
         print_json(record)
         return
     best = "" if record.best_accuracy is None else f", validation accuracy {record.best_accuracy:.3f}"
     console.print(f"student of step {record.best_step or record.steps} saved in {out}/model{best}", highlight=False)
+
+
+def _settings(config: Path | None, set_: list[str], preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """Options over assignments over the file over what the task and the preset begin with."""
+    if given["steps"] is not None and given["epochs"] is not None:
+        raise InputError("expected --steps or --epochs, got both")
+    if given["steps"] is not None:
+        set_ = [*set_, "epochs=null"]
+    # The task may come from the file; what it begins with then stands below what the file says.
+    task = resolve_config(TrainConfig, config, set_, **given).task
+    return resolve_config(TrainConfig, config, set_, task_settings(task, preset), **given)
 
 
 def _targets(

@@ -64,16 +64,21 @@ class UnitArrays:
     whole: Mapping[str, EncodedAttention] = field(default_factory=dict)
 
 
+def key_arrays(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys as UTF-8 bytes, one behind the other, and where each starts; the last offset is the number of bytes."""
+    encoded = [key.encode() for key in keys]
+    offsets = np.concatenate([[0], np.cumsum([len(key) for key in encoded])]).astype(np.uint64)
+    return np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets
+
+
 def unit_members(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str, bytes]:
     """Encode a unit: the members of its zip file by name."""
     store = MemoryStore()
     root = zarr.create_group(store, zarr_format=3, attributes=attributes.model_dump(mode="json"))
-    encoded = [key.encode() for key in arrays.keys]
     samples = root.create_group("samples")
-    _put(samples, "key_bytes", np.frombuffer(b"".join(encoded), dtype=np.uint8), chunk=2**20)
-    _put(
-        samples, "key_offsets", np.concatenate([[0], np.cumsum([len(key) for key in encoded])]).astype(np.uint64), 2**16
-    )
+    content, offsets = key_arrays(arrays.keys)
+    _put(samples, "key_bytes", content, chunk=2**20)
+    _put(samples, "key_offsets", offsets, 2**16)
     _put(samples, "content", arrays.content, 2**12)
     if arrays.maps is not None:
         _fill_maps(root.create_group("maps"), arrays.maps, {"t2i": arrays.t2i, "i2t": arrays.i2t})
@@ -94,7 +99,7 @@ def unit_members(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str,
     for path, values in arrays.further.items():
         group, _, name = path.rpartition("/")
         # Short rows of a group that we know; of others nothing is known.
-        _put(root.require_group(group), name, values, 2**16 if group == "views" else CHUNK_PAIRS)
+        _put(root.require_group(group), name, values, 2**16 if group in ("views", "partners") else CHUNK_PAIRS)
     return {name: value.to_bytes() for name, value in store._store_dict.items()}
 
 

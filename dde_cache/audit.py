@@ -12,7 +12,9 @@ import numpy as np
 
 from dde_cache.bounds import inconsistent, not_finite, unsafe
 from dde_cache.errors import CacheError
-from dde_cache.layout import GROUP_OF_ROWS, HIDDEN_ARRAYS, VIEW_COLUMNS, array_names, known_groups
+from dde_cache.layout import GROUP_OF_ROWS, HIDDEN_ARRAYS, PARTNER_COLUMNS, VIEW_COLUMNS, array_names, known_groups
+from dde_cache.partners import read_partners
+from dde_cache.passes import NEGATIVE
 from dde_cache.spec import HIDDEN, Rows, hash_keys
 from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import MapColumns, Unit
@@ -73,6 +75,8 @@ def audit(unit: Unit) -> Iterator[Problem]:
         yield from _read(_predictions, unit, "checksum")
     if "views" in unit.attributes.groups:
         yield from _read(_views, unit, "checksum")
+    if unit.has_partners or NEGATIVE in unit.attributes.spec.passes:
+        yield from _read(_partners, unit, "checksum")
 
 
 def _read(check: Callable[[Unit], Iterator[Problem]], unit: Unit, kind: Kind) -> Iterator[Problem]:
@@ -270,3 +274,36 @@ def _views(unit: Unit) -> Iterator[Problem]:
     if len(columns[0]) != expected:
         yield Problem("records", f"views: expected {expected:,} rows, got {len(columns[0]):,}")
     unit.array("views/pixels")
+
+
+def _partners(unit: Unit) -> Iterator[Problem]:
+    """Every record of a pass that exchanges pictures has a partner, and no other: another sample, with its content."""
+    if not unit.has_partners:
+        yield Problem("records", "partners: expected whose pictures the negative pass shows, found none")
+        return
+    spec, keys = unit.attributes.spec, unit.keys
+    columns = [unit.array(f"partners/{name}").astype(np.int64) for name in PARTNER_COLUMNS]
+    yield from _order(unit, columns, "partners")
+    yield from _outside(unit, columns[2], columns[3], np.zeros_like(columns[3]), "partners")
+    partners, numbers = read_partners(unit), {key: number for number, key in enumerate(keys)}
+    own = sum(place[0] < len(keys) and keys[place[0]] == one.key for place, one in partners.items())
+    if own:
+        yield Problem("records", "partners: a sample is its own partner", own)
+    content = unit.content
+    other = sum(one.key in numbers and content[numbers[one.key]].tobytes() != one.content for one in partners.values())
+    if other:
+        yield Problem("records", "partners: the content of a partner is not that of the sample with its key", other)
+    if not unit.has_maps:
+        return
+    maps = unit.maps
+    exchanging = {number for number, recipe in enumerate(spec.passes) if recipe == NEGATIVE}
+    chosen = np.isin(maps.passes, sorted(exchanging | set(columns[3].tolist())))
+    records = set(
+        zip(*(column[chosen].tolist() for column in (maps.sample, maps.text, maps.view, maps.passes)), strict=True)
+    )
+    if records != set(partners):
+        yield Problem(
+            "records",
+            "partners: expected one of every record of a pass that exchanges pictures, and no others",
+            len(records ^ set(partners)),
+        )

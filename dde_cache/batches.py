@@ -1,8 +1,10 @@
 """Pairs -> batches of tensors, read in worker processes."""
 
+import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +13,10 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.agreement import check_inputs
+from dde_cache.errors import InputError, bullet_list
+from dde_cache.partners import PartnersOfShards, PartnerSource
+from dde_cache.passes import RECIPES, UNMASKED, PassName, Words, identities, mask_batch, plain
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
 from dde_cache.samples import Sample, Shard, Text
 from dde_cache.spec import HASH_BYTES
@@ -79,6 +84,14 @@ class PairDataset(Dataset[Batch]):
         encode: makes tensors of the labels.
         recipe: how views are drawn; None: pictures as processed.
         hashes: with a recipe, also give `pixel_hashes` [b, image slots, 8], uint8.
+        identities: also give `picture` and `text` [b]: numbers that are equal where the pictures' bytes or the texts
+            (but for case and spaces) are the same, in one sample or in two.
+        passes: what the pass numbers of pairs mean.
+        beside: passes that each batch also has, of the same pairs: `masked.input_ids` and `masked.guess` [b, t] (the
+            tokens to guess, `UNMASKED` elsewhere), `negative.pixels0`, ..., and their targets as `masked.target.*`.
+            What a pass shares with the matched one is not there a second time.
+        taught: of the passes beside, those whose targets are read, where `passes` has them.
+        partners: whose pictures the negative pass shows; None: chosen from the shards.
     """
 
     def __init__(
@@ -93,7 +106,16 @@ class PairDataset(Dataset[Batch]):
         encode: EncodeLabels = class_numbers,
         recipe: ViewRecipe | None = None,
         hashes: bool = False,
+        passes: Sequence[PassName] = ("matched",),
+        beside: Sequence[PassName] = (),
+        taught: Collection[PassName] = tuple(RECIPES),
+        partners: PartnerSource | None = None,
+        identities: bool = False,
     ) -> None:
+        self._taught_passes, self._identities = taught, identities
+        self._passes, self._beside = tuple(passes), tuple(beside)
+        self._words = Words.of(preprocessor.processor.tokenizer) if "masked" in (*passes, *beside) else None
+        self._partners: PartnerSource = partners or PartnersOfShards(shards)
         self._encode = encode
         self._recipe, self._hashes = recipe, hashes and recipe is not None
         self._shards = shards
@@ -147,49 +169,77 @@ class PairDataset(Dataset[Batch]):
             InputError: a sample cannot be read, or the samples of the batch differ in their number of images.
         """
         pairs = [self._table[number] for number in numbers]
-        drawn = [self._pictures((pair.shard, pair.key, pair.view, pair.mirrored)) for pair in pairs]
-        texts = [one.sample.texts[pair.text] for one, pair in zip(drawn, pairs, strict=True)]
+        texts = [self._view(pair).sample.texts[pair.text] for pair in pairs]
+        tokens = self._preprocessor.tokens([text.text for text in texts], full=self._full_text)
+        names = [self._passes[pair.pass_number] for pair in pairs]
+        first = [number - pair.text * self._table.states for number, pair in zip(numbers, pairs, strict=True)]
+        batch = {
+            "pair": torch.tensor(numbers),
+            "sample": torch.tensor(first),
+            "input_ids": self._masked(tokens, pairs, names)[0],
+            "attention_mask": tokens.mask,
+            **self._encode(texts, self._classes),
+            **self._pictured(pairs, texts, names),
+        }
+        if self._identities:
+            batch |= {"picture": identities([self._view(pair).sample.pictures_hash() for pair in pairs])}
+            batch |= {"text": identities([plain(text.text).encode() for text in texts])}
+        if self._targets is not None:
+            batch |= self._taught(self._targets, pairs, batch)
+        for name in self._beside:
+            batch |= {f"{name}.{field}": value for field, value in self._shown(name, pairs, texts, batch).items()}
+        return batch
+
+    def _view(self, pair: Pair, key: str | None = None) -> _Drawn:
+        """The pictures of a pair's sample, or of another one of its shard, as the pair's view has them."""
+        return self._pictures((pair.shard, key or pair.key, pair.view, pair.mirrored))
+
+    def _masked(self, tokens: TokenBatch, pairs: Sequence[Pair], names: Sequence[PassName]) -> tuple[Tensor, Tensor]:
+        """Token ids and tokens to guess, where the pass of a pair masks them."""
+        ids, guess = tokens.ids, torch.full_like(tokens.ids, UNMASKED)
+        rows = [row for row, name in enumerate(names) if name == "masked"]
+        if rows and self._words is not None:
+            ids = ids.clone()
+            ids[rows], guess[rows] = mask_batch(ids[rows], tokens.mask[rows], [pairs[row] for row in rows], self._words)
+        return ids, guess
+
+    def _pictured(self, pairs: Sequence[Pair], texts: Sequence[Text], names: Sequence[PassName]) -> Batch:
+        """The pictures of a batch, those of partners where the pass of a pair exchanges them."""
+        drawn = [
+            self._view(pair, self._partners.partner(pair, text).key if name == "negative" else None)
+            for pair, text, name in zip(pairs, texts, names, strict=True)
+        ]
         images = {len(one.pixels) for one in drawn}
         if len(images) > 1:
             raise InputError(f"expected samples with one number of images, got {sorted(images)} in one data set")
-        tokens = self._preprocessor.tokens([text.text for text in texts], full=self._full_text)
-        batch = {
-            "pair": torch.tensor(numbers),
-            "sample": torch.tensor([number - pair.text for number, pair in zip(numbers, pairs, strict=True)]),
-            "input_ids": tokens.ids,
-            "attention_mask": tokens.mask,
-            **self._encode(texts, self._classes),
-        }
+        batch: Batch = {}
         for slot in range(images.pop()):
             stacked = self._preprocessor.stack([one.pixels[slot] for one in drawn])
             batch |= {f"pixels{slot}": stacked.pixels, f"grid{slot}": stacked.grid}
         if self._hashes:
             batch["pixel_hashes"] = torch.from_numpy(np.stack([one.hashes for one in drawn]))
-        if self._targets is not None:
-            batch |= {f"target.{name}": value for name, value in self._targets.targets(pairs).items()}
-            _check_inputs(batch, pairs)
         return batch
 
+    def _shown(self, name: PassName, pairs: Sequence[Pair], texts: Sequence[Text], batch: Batch) -> Batch:
+        """What a pass beside the matched one shows of a batch, and its targets where there are any."""
+        names = [name] * len(pairs)
+        shown: Batch = {}
+        if name == "masked":
+            shown["input_ids"], shown["guess"] = self._masked(tokens_of(batch), pairs, names)
+        else:
+            shown = self._pictured(pairs, texts, names)
+        if self._targets is None or name not in self._passes or name not in self._taught_passes:
+            return shown
+        number = self._passes.index(name)
+        return shown | self._taught(self._targets, [replace(pair, pass_number=number) for pair in pairs], batch | shown)
 
-def _check_inputs(batch: Batch, pairs: Sequence[Pair]) -> None:
-    """Refuse targets that the teacher made from other tokens or another patch grid than this batch has."""
-    if "target.grid" not in batch:
-        return
-    length = batch["target.token_ids"].shape[1]
-    ids = (batch["input_ids"] * batch["attention_mask"])[:, :length]
-    grids = [
-        (f"patch grid{' of image 1' if slot else ''}", batch[name], batch[f"grid{slot}"])
-        for slot, name in enumerate(("target.grid", "target.grid1"))
-        if name in batch
-    ]
-    for name, expected, got in (("tokens", batch["target.token_ids"], ids), *grids):
-        wrong = [0] if expected.shape != got.shape else (expected != got).any(-1).nonzero()[:, 0].tolist()
-        if wrong:
-            pair = pairs[wrong[0]]
-            raise CacheError(
-                f"sample {pair.key!r}, text {pair.text}: the teacher saw {name} {expected[wrong[0]].tolist()}, here "
-                f"they are {got[wrong[0]].tolist()}; tokenizer or image processor are not the teacher's"
-            )
+    @staticmethod
+    def _taught(targets: TargetSource, pairs: Sequence[Pair], batch: Batch) -> Batch:
+        """The targets of a batch, made from what the batch has."""
+        taught = {f"target.{name}": value for name, value in targets.targets(pairs).items()}
+        inputs = {name: value for name, value in batch.items() if not name.startswith("target.")}
+        check_inputs(inputs | taught, pairs)
+        return taught
 
 
 def tokens_of(batch: Batch) -> TokenBatch:
@@ -205,7 +255,8 @@ def pictures_of(batch: Batch) -> list[PixelBatch]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to where the model is; patch grids stay on the CPU, where they steer shapes."""
     return {
-        name: value if name.startswith("grid") else value.to(device, non_blocking=True) for name, value in batch.items()
+        name: value if name.startswith("grid") or ".grid" in name else value.to(device, non_blocking=True)
+        for name, value in batch.items()
     }
 
 
@@ -238,8 +289,18 @@ def batch_loader(dataset: PairDataset, order: BatchOrder | Sequence[list[int]], 
 
 
 def _leave_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides when to stop."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the main one decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none; there SIGTERM ends a worker, and the run with it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process on the SIGTERM of its parent, and on no other."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _whole(batch: Batch) -> Batch:

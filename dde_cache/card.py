@@ -127,6 +127,7 @@ def _facts(manifest: Manifest, provenance: Provenance, place: str) -> str:
 | shards | `{provenance.shards}`: {named} |
 | maps | layers {", ".join(map(str, spec.layers))} of {spec.teacher_layers}, {spec.stored_heads} heads; {_kept(spec)} |
 | weights | {spec.weights}{"" if spec.steps is None else f" of {spec.steps} steps"}; query rows: {spec.queries} |
+| shown to the teacher | {spec.views} {"view" if spec.views == 1 else "views"} ({spec.view}); {"; ".join(spec.passes)} |
 | logits | {"none" if spec.classes is None else f"{spec.classes} answers"} |
 | fingerprint | `{manifest.fingerprint}` |
 | made with | {versions}; {provenance.device} |

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from pydantic import Field
 
+from dde_cache.distill import CachedTargets, TrainConfig
 from dde_cache.errors import InputError
 from dde_cache.evaluate import evaluate, load_subject
 from dde_cache.extract import ExtractConfig, ExtractProgress, ExtractSummary, extract
 from dde_cache.fit import Progress
 from dde_cache.importers.common import import_samples
 from dde_cache.importers.shapes import shapes_source
+from dde_cache.prepare import labels_only
 from dde_cache.samples import Shard, open_shards
 from dde_cache.scores import EvaluationReport
 from dde_cache.spec import Model
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
 from dde_cache.teacher import SAMPLE_TEACHER
-from dde_cache.train import CachedTargets, RunRecord, TrainConfig, labels_only, train
+from dde_cache.train import RunRecord, train
 
 STUDENTS = {
     "labels only": {"hard_weight": 1.0, "soft_weight": 0.0, "attention_weight": 0.0},

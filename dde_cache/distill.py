@@ -1,8 +1,9 @@
 """What a student is taught: where its targets come from, and the losses that compare it with them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,8 @@ from transformers import ViltConfig
 
 from dde_cache.attention import Attention, query_rows, sparsify
 from dde_cache.batches import Batch, pictures_of, tokens_of
-from dde_cache.fit import Losses
 from dde_cache.join import OnMissing
-from dde_cache.losses import Tail, attention_kl, log_attention, weighted_mean
+from dde_cache.losses import Tail, attention_kl, log_attention, weighted_sum
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import FitConfig
 from dde_cache.store import Cache
@@ -22,6 +22,8 @@ from dde_cache.student import DualEncoderOutput, TowerOutput
 from dde_cache.targets import decoded
 from dde_cache.tasks import load_task
 from dde_cache.teacher import FusionTeacher
+from dde_cache.terms import Objective, Sizes, Term
+from dde_cache.vilt import image_tokens
 
 
 class TrainConfig(FitConfig):
@@ -80,101 +82,136 @@ class OnlineTargets:
 Targets = LabelsOnly | CachedTargets | OnlineTargets
 
 
-def student_output(model: nn.Module, batch: Batch) -> DualEncoderOutput:
-    """Run a student on a batch."""
-    second = [batch["pixels1"], batch["grid1"]] if "pixels1" in batch else []
-    return model(batch["input_ids"], batch["attention_mask"], batch["pixels0"], batch["grid0"], *second)
+def student_output(model: nn.Module, batch: Batch, sizes: Sizes | None = None) -> DualEncoderOutput:
+    """Run a student on a batch, its pictures padded to the image tokens of `sizes` where it has them."""
+    slots = [name.removeprefix("grid") for name in ("grid0", "grid1") if name in batch]
+    pictures = [batch[f"{name}{slot}"] for slot in slots for name in ("pixels", "grid")]
+    longest = {slot: int(image_tokens(batch[f"grid{slot}"]).max()) for slot in slots}
+    padding = [(sizes or {}).get(f"{IMAGE_TOKENS}{slot}", tokens) - tokens for slot, tokens in longest.items()]
+    return model(batch["input_ids"], batch["attention_mask"], *pictures, image_padding=padding)
 
 
-class StudentLosses:
-    """The terms of a batch: `attention` (with its two directions), `soft`, `hard`, and their weighted sum `loss`.
+IMAGE_TOKENS = "image_tokens"
+"""With an image slot behind it: tokens of the largest picture of a global batch, which is how many query rows the
+published mean counts for each."""
 
-    Attention is that of every image of a sample, summed (DiDE, NLVR2).
+
+class Taught(NamedTuple):
+    """What the teacher gave for a batch: both maps of each image slot, and logits [b, c]; empty where nobody asks."""
+
+    t2i: Sequence[Attention] = ()
+    i2t: Sequence[Attention] = ()
+    logits: Any = None
+
+
+class Compared(NamedTuple):
+    """What the terms of a batch compare."""
+
+    student: DualEncoderOutput
+    taught: Taught
+
+
+class StudentLosses(Objective[Compared]):
+    """The terms of a batch: attention in both directions (`t2i`, `i2t`), `soft`, `hard`, and their weighted sum `loss`.
+
+    Attention is a mean over heads and query rows of the global batch (DiDE, L_attn). With two images a sample, the
+    terms of each have its slot in their names and are summed (DiDE, NLVR2). With queries `all`, every padded row
+    counts, as published: padded text rows one by one; padded image rows of a sample are all alike, so the one that the
+    teacher stored, behind its last valid row, stands for each of them.
     """
 
     def __init__(self, config: TrainConfig, targets: Targets, mean_heads: bool) -> None:
         self._config, self._targets, self._mean_heads = config, targets, mean_heads
-        self._task = load_task(config.task)
+        self._every = config.queries == "all"
+        self._images = images_of(targets) or 1
+        task = load_task(config.task)
+        table: dict[str, Term[Compared]] = {}
+        weight = config.attention_weight
+        for image in range(self._images):
+            name = str(image) if self._images > 1 else ""
+            table[f"t2i{name}"] = Term(weight, self._text_rows, partial(self._t2i, image))
+            table[f"i2t{name}"] = Term(weight, partial(self._image_rows, image), partial(self._i2t, image))
+        table["soft"] = Term(
+            config.soft_weight,
+            lambda batch, _sizes: len(batch["pair"]),
+            lambda compared, _batch, _sizes: task.soft_sum(compared.student.logits, compared.taught.logits),
+        )
+        hard = Term[Compared](
+            config.hard_weight,
+            lambda batch, _sizes: task.hard_rows(batch),
+            lambda compared, batch, _sizes: task.hard_sum(compared.student, batch),
+        )
+        table["hard"] = hard
+        if isinstance(targets, LabelsOnly):
+            table = {"hard": replace(hard, weight=1.0)}
+        super().__init__(self._compare, {name: term for name, term in table.items() if term.weight}, self._padded)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Run the student and compare."""
-        config = self._config
-        output = student_output(model, batch)
-        terms: dict[str, Tensor] = {}
-        if isinstance(self._targets, LabelsOnly):
-            terms["hard"] = self._task.hard_loss(output, batch).mean()
-            return {"loss": terms["hard"], **terms}
-        maps, logits = self._taught(batch)
-        total = torch.zeros((), device=output.text.pooled.device)
-        images = [output.image] if output.second is None else [output.image, output.second]
-        for image, (taught_t2i, taught_i2t) in zip(images, maps, strict=bool(config.attention_weight)):
-            t2i, i2t = attention_losses(output.text, image, taught_t2i, taught_i2t, config, mean_heads=self._mean_heads)
-            terms |= {"t2i": terms.get("t2i", 0) + t2i, "i2t": terms.get("i2t", 0) + i2t}
-            total = total + config.attention_weight * (t2i + i2t)
-        if config.soft_weight and logits is not None:
-            terms["soft"] = self._task.soft_loss(output.logits, logits).mean()
-            total = total + config.soft_weight * terms["soft"]
-        if config.hard_weight:
-            terms["hard"] = self._task.hard_loss(output, batch).mean()
-            total = total + config.hard_weight * terms["hard"]
-        return {"loss": total, **terms}
-
-    def _taught(self, batch: Batch) -> "_Taught":
-        """Both maps of every image, none where attention has no weight, and the logits."""
+    def _compare(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Compared:
         config, targets = self._config, self._targets
+        output = student_output(model, batch, sizes)
+        if isinstance(targets, LabelsOnly):
+            return Compared(output, Taught())
         if isinstance(targets, OnlineTargets):
-            taught = online_targets(targets, batch, config)
-            return taught if config.attention_weight else _Taught([], taught.logits)
-        if isinstance(targets, LabelsOnly) or not config.attention_weight:
-            return _Taught([], batch.get("target.logits"))
-        spec = targets.cache.spec
-        maps = [
-            (decoded(batch, "t2i", spec.steps, image), decoded(batch, "i2t", spec.steps, image))
-            for image in range(spec.images)
-        ]
-        return _Taught(maps, batch.get("target.logits"))
+            return Compared(output, online_targets(targets, batch, config))
+        maps: dict[str, list[Attention]] = {"t2i": [], "i2t": []}
+        if config.attention_weight:
+            steps = targets.cache.spec.steps
+            maps = {name: [decoded(batch, name, steps, image) for image in range(self._images)] for name in maps}
+        return Compared(output, Taught(**maps, logits=batch.get("target.logits")))
+
+    def _padded(self, batch: Batch) -> Sizes:
+        if not self._every:
+            return {}
+        return {
+            f"{IMAGE_TOKENS}{image}": int(image_tokens(batch[f"grid{image}"]).max()) for image in range(self._images)
+        }
+
+    def _text_rows(self, batch: Batch, _sizes: Sizes) -> int:
+        mask = batch["attention_mask"]
+        return mask.numel() if self._every else int(mask.sum())
+
+    def _image_rows(self, image: int, batch: Batch, sizes: Sizes) -> int:
+        grid = batch[f"grid{image}"]
+        return len(grid) * sizes[f"{IMAGE_TOKENS}{image}"] if self._every else int(image_tokens(grid).sum())
+
+    def _t2i(self, image: int, compared: Compared, batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:
+        text, tower, teacher = compared.student.text, _tower(compared.student, image), compared.taught.t2i[image]
+        # The teacher's keys end with the largest picture of this batch, the student's with that of the global one.
+        keys = int(image_tokens(batch[f"grid{image}"]).max())
+        mask = tower.mask[:, :keys]
+        log = log_attention(text.query_key.query, tower.query_key.key[:, :, :keys], mask, mean_heads=self._mean_heads)
+        rows = torch.ones_like(text.mask) if self._every else text.mask
+        return weighted_sum(attention_kl(teacher, log, mask, self._config.tail), rows.float())
+
+    def _i2t(self, image: int, compared: Compared, _batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:
+        text, tower, teacher = compared.student.text, _tower(compared.student, image), compared.taught.i2t[image]
+        log = log_attention(tower.query_key.query, text.query_key.key, text.mask, mean_heads=self._mean_heads)
+        rows = torch.ones_like(tower.mask) if self._every else tower.mask
+        if self._every:
+            position = torch.arange(tower.mask.shape[1], device=tower.mask.device)[None]
+            teacher = query_rows(teacher, torch.minimum(position, tower.mask.sum(-1, keepdim=True)))
+        return weighted_sum(attention_kl(teacher, log, text.mask, self._config.tail), rows.float())
 
 
-def attention_losses(
-    text: TowerOutput,
-    image: TowerOutput,
-    t2i: Attention,
-    i2t: Attention,
-    config: TrainConfig,
-    *,
-    mean_heads: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Cross-modal attention loss of both directions: mean over heads and query rows of the batch (DiDE, L_attn).
-
-    With queries `all`, every padded row counts, as published: padded text rows one by one; padded image rows of a
-    sample are all alike, so the one that the teacher stored, behind its last valid row, stands for each of them.
-    """
-    every = config.queries == "all"
-    log_t2i = log_attention(text.query_key.query, image.query_key.key, image.mask, mean_heads=mean_heads)
-    log_i2t = log_attention(image.query_key.query, text.query_key.key, text.mask, mean_heads=mean_heads)
-    text_rows = torch.ones_like(text.mask) if every else text.mask
-    image_rows = torch.ones_like(image.mask) if every else image.mask
-    if every:
-        position = torch.arange(image.mask.shape[1], device=image.mask.device)[None]
-        i2t = query_rows(i2t, torch.minimum(position, image.mask.sum(-1, keepdim=True)))
-    return (
-        weighted_mean(attention_kl(t2i, log_t2i, image.mask, config.tail), text_rows.float()),
-        weighted_mean(attention_kl(i2t, log_i2t, text.mask, config.tail), image_rows.float()),
-    )
+def _tower(student: DualEncoderOutput, image: int) -> TowerOutput:
+    return student.second if image else student.image
 
 
-class _Taught(NamedTuple):
-    """`t2i` and `i2t` of each image slot, and logits where the teacher has a task head."""
+def images_of(targets: Targets) -> int | None:
+    """Images that the teacher reads for one logit vector; None without a teacher."""
+    if isinstance(targets, LabelsOnly):
+        return None
+    return targets.cache.spec.images if isinstance(targets, CachedTargets) else targets.teacher.images
 
-    maps: Sequence[tuple[Attention, Attention]]
-    logits: Float[Tensor, "b c"] | None
 
-
-def online_targets(targets: OnlineTargets, batch: Batch, config: TrainConfig) -> _Taught:
+def online_targets(targets: OnlineTargets, batch: Batch, config: TrainConfig) -> Taught:
     """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one."""
     output = targets.teacher(
         tokens_of(batch), pictures_of(batch), [targets.layer], padded_queries=config.queries == "all"
     )
+    if not config.attention_weight:
+        return Taught(logits=output.logits)
     held = [output.attention[image, targets.layer] for image in range(targets.teacher.images)]
     # The padded image token that a teacher needs for its query row is no key of the student's.
-    return _Taught([(sparsify(maps.t2i, None), sparsify(maps.i2t, None)) for maps in held], output.logits)
+    t2i, i2t = ([sparsify(getattr(maps, name), None) for maps in held] for name in ("t2i", "i2t"))
+    return Taught(t2i, i2t, output.logits)

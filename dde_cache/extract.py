@@ -10,11 +10,13 @@ from pydantic import Field
 
 from dde_cache.batches import Batch, batch_loader, torch_device
 from dde_cache.card import close_with_card
+from dde_cache.encoder import Records, TargetEncoder
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
 from dde_cache.interrupt import FinishStep
+from dde_cache.partners import check_partners
 from dde_cache.plan import SAMPLE, ExtractPlan, Prediction, check_room, free_bytes, generous_bytes, predict
-from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, places, unit_attributes
+from dde_cache.records import assemble, extraction_dataset, partners_of, places, unit_attributes
 from dde_cache.samples import Shard
 from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry
 from dde_cache.store import UNITS, CacheWriter, manifest_to_continue
@@ -25,7 +27,8 @@ from dde_cache.unit import SUFFIX, Unit, UnitArrays, write_unit
 
 @dataclass
 class ExtractProgress:
-    """What callers may want to show while an extraction runs. Pairs count once for each view but in finished units."""
+    """What callers may want to show while an extraction runs. Pairs count once for each view and pass but in finished
+    units."""
 
     start: Callable[[int, int, str], None] = lambda pairs, finished, grid: None
     batch: Callable[[int, float], None] = lambda pairs, kept_mass: None
@@ -37,6 +40,7 @@ class ExtractSummary(Model):
 
     pairs: int = Field(description="extracted now")
     views: int = Field(description="of each pair")
+    passes: int = Field(default=1, description="of each view: forward passes of the teacher")
     skipped_pairs: int = Field(description="in units that were finished before")
     units: int
     seconds: float
@@ -67,7 +71,8 @@ def extract(
         check_disk: refuse to begin what the disk cannot hold.
 
     Raises:
-        InputError: shards that cannot be used, options that do not fit the teacher, or no room for the targets.
+        InputError: shards that cannot be used, options that do not fit the teacher, texts for which no picture is a
+            negative, or no room for the targets.
         TeacherError: the teacher cannot be used.
         CacheError: `out` holds other targets.
     """
@@ -85,7 +90,9 @@ def extract(
         else:
             _check_finished(writer.unit_path(entry.name), shard)
             done.append(entry)
-    table = PairTable.of(todo, config.views)
+    if "negative" in config.passes:
+        check_partners(todo)
+    table = PairTable.of(todo, config.views, len(config.passes))
     run = _Run(ready, config, writer, progress)
     skipped = sum(entry.pairs for entry in done)
     provenance = provenance_of(teacher_name, shards, config)
@@ -98,8 +105,9 @@ def extract(
     size, pairs = sum(entry.size for entry in done), sum(entry.pairs for entry in done)
     kept = run.encoder.kept
     return ExtractSummary(
-        pairs=kept.pairs // config.views,
+        pairs=kept.pairs // config.shown,
         views=config.views,
+        passes=len(config.passes),
         skipped_pairs=skipped,
         units=len(done),
         seconds=time.perf_counter() - begin,
@@ -131,21 +139,24 @@ def plan_extraction(
     )
     todo = [shard for shard in shards if _unit_name(shard) not in entries]
     done = [entries[_unit_name(shard)] for shard in shards if _unit_name(shard) in entries]
-    table = PairTable.of(todo, config.views)
+    if "negative" in config.passes:
+        check_partners(todo)
+    table = PairTable.of(todo, config.views, len(config.passes))
     setup = time.perf_counter() - begin
     nothing = Prediction(0, setup, 0)
     predicted = predict(todo, table, ready.teacher, ready.spec, config, sample=sample, setup=setup) if todo else nothing
     free = free_bytes(out)
     return ExtractPlan(
         units=len(todo),
-        pairs=len(table) // config.views,
+        pairs=len(table) // config.shown,
         views=config.views,
+        passes=len(config.passes),
         finished_pairs=sum(entry.pairs for entry in done),
-        sampled_pairs=predicted.pairs // config.views,
+        sampled_pairs=predicted.pairs // config.shown,
         bytes=predicted.bytes,
-        bytes_a_pair=predicted.bytes * config.views / max(len(table), 1),
+        bytes_a_pair=predicted.bytes * config.shown / max(len(table), 1),
         seconds=predicted.seconds,
-        pairs_a_second=len(table) / config.views / predicted.seconds,
+        pairs_a_second=len(table) / config.shown / predicted.seconds,
         free_bytes=free,
         fits=predicted.fits(free),
     )
@@ -213,7 +224,9 @@ class _Run:
             records = self._read(batches, len(orders[number]))
             samples = list(shard)
             self.cut_texts += preprocessor.longer_than_allowed([text.text for one in samples for text in one.texts])
-            arrays = assemble(records, samples, places(samples, self._spec.views), self._spec)
+            place = places(samples, self._spec)
+            partners = partners_of(place, samples, shard.name, self._spec)
+            arrays = assemble(records, samples, place, self._spec, partners)
             own = provenance.model_copy(update={"shards": shard.path.parent.name})
             attributes = unit_attributes(arrays, self._spec, shard.name, own, self._writer.assets)
             entry = self._write(_unit_name(shard), arrays, attributes)

@@ -1,8 +1,11 @@
 """The training loop that teachers and students share: accelerate for device and precision, our own order and resume.
 
 Everything random in a step is a pure function of (seed, step): the batches come from `stream.BatchOrder` and the
-generator is seeded before each step. So a run needs no random state on disk, and resumes from a checkpoint's weights,
-optimizer moments and step number alone.
+generator is seeded before each micro-batch. So a run needs no random state on disk, and resumes from a checkpoint's
+weights, optimizer moments and step number alone (with fp16 also the scale of the loss).
+
+A step has one loss, whatever it is cut into: rows are counted over all micro-batches and ranks before the first forward
+pass, each part's sums are divided by these counts, and gradients add up.
 """
 
 import json
@@ -10,8 +13,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +28,22 @@ from torch import Tensor, nn
 from dde_cache.batches import Batch, to_device
 from dde_cache.errors import RunError
 from dde_cache.interrupt import FinishStep
+from dde_cache.ranks import Ranks
 from dde_cache.runs import CHECKPOINTS, METRICS, FitConfig, Metrics
+from dde_cache.stream import Share
+from dde_cache.terms import Losses, Objective
 
-Losses = Mapping[str, Tensor]
+Loader = Callable[[int, Share], Iterable[Batch]]
+"""Gives the micro-batches of one rank from a step on."""
 
 
 @dataclass
 class Progress:
-    """What callers may want to show of a running fit. Every hook has a silent default."""
+    """What callers may want to show of a running fit, on the first rank. Every hook has a silent default."""
 
     step: Callable[[int, Mapping[str, float]], None] = lambda step, record: None
     valid: Callable[[int, float], None] = lambda step, accuracy: None
+    begin: Callable[[int], None] = lambda steps: None
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class _State:
     best_step: int | None = None
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    scaler: dict[str, float] | None = None
 
 
 def rate_at(step: int, config: FitConfig) -> float:
@@ -68,24 +77,36 @@ def rate_at(step: int, config: FitConfig) -> float:
     return (config.steps - step) / (config.steps - warmup)
 
 
+def seed_of(seed: int, step: int, part: int) -> int:
+    """The seed of a micro-batch, by its number among those of all ranks.
+
+    Ranks and micro-batches drop different units, and the same ones whether four parts are four ranks or one rank's.
+    (torch's generator on the CPU takes the lowest 32 bits.)
+    """
+    return (seed * 1_000_003 + step + part * 2_654_435_761) % 2**63
+
+
 class Fit:
-    """A model being trained.
+    """A model being trained, on all ranks.
 
     Args:
         model: what is trained, in place.
-        losses: the terms of one batch by name; `loss` is the one that is minimised.
+        objective: what is minimised.
         config: optimization settings.
         run: folder for metrics and checkpoints.
         validate: accuracy on held-out data, every `valid_every` steps and at the end.
         save_best: called when the validation accuracy is the best so far (a tie counts), or at the end where nothing
             is validated.
         progress: hooks to show what happens.
+
+    Raises:
+        RunError: no such precision here, or a batch has fewer pairs than micro-batches.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        losses: Callable[[nn.Module, Batch], Losses],
+        objective: Objective[Any],
         config: FitConfig,
         run: Path,
         *,
@@ -93,22 +114,32 @@ class Fit:
         save_best: Callable[[nn.Module], None],
         progress: Progress | None = None,
     ) -> None:
-        self._losses, self._config, self._run = losses, config, run
+        self._objective, self._config, self._run = objective, config, run
         self._validate, self._save_best, self._progress = validate, save_best, progress or Progress()
+        self._ranks = Ranks()
+        self._share = Share(self._ranks.number, self._ranks.count, config.accumulate)
+        if config.batch_size < self._ranks.count * config.accumulate:
+            raise RunError(
+                f"expected a batch of at least one pair for each of {self._ranks.count} ranks x accumulate "
+                f"{config.accumulate}, got batch_size {config.batch_size}; raise it, or lower accumulate"
+            )
         self._accelerator = _accelerator(config.precision)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        self._model, self._optimizer = self._accelerator.prepare(model, optimizer)
+        # evaluation_mode: no DistributedDataParallel around it; `Ranks.add_gradients` does its work.
+        self._model: nn.Module = self._accelerator.prepare_model(model, evaluation_mode=True)
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
         self._plain: nn.Module = self._accelerator.unwrap_model(self._model)
         self._state = _State()
+        self._saved: int | None = None
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, or begin where a run was stopped before its first one.
 
         Raises:
-            RunError: the checkpoint is damaged.
+            RunError: the checkpoint is damaged, or ranks see different ones.
         """
         found = sorted(self._checkpoints())
         if found:
@@ -119,12 +150,16 @@ class Fit:
                     f"{found[-1]}: the checkpoint is damaged ({str(error).splitlines()[0]}); start again with another "
                     "--out"
                 ) from error
+        step = self._state.step
+        if self._ranks.any(self._ranks.largest({"step": step})["step"] != step):
+            raise RunError(f"{self._run}: ranks see different checkpoints; --out has to be a folder that all share")
 
     def _checkpoints(self) -> Iterable[Path]:
         return (path for path in (self._run / CHECKPOINTS).glob("*") if path.name.isdigit())
 
     def _load(self, folder: Path) -> None:
         self._state = _State(**json.loads((folder / "state.json").read_text()))
+        self._saved = self._state.step
         self._plain.load_state_dict(load_file(folder / "model.safetensors"))
         moments = load_file(folder / "optimizer.safetensors")
         inner = self._optimizer.state_dict()
@@ -133,50 +168,58 @@ class Fit:
             number, _, moment = name.partition(".")
             inner["state"].setdefault(int(number), {})[moment] = tensor
         self._optimizer.load_state_dict(inner)
+        if self._accelerator.scaler is not None and self._state.scaler is not None:
+            self._accelerator.scaler.load_state_dict(self._state.scaler)
 
-    def __call__(self, loader: Callable[[int], Iterable[Batch]]) -> FitResult:
-        """Train to the last step; `loader` gives the batches from a step on.
+    def __call__(self, loader: Loader) -> FitResult:
+        """Train to the last step.
 
         Raises:
-            RunError: a loss is not finite.
-            KeyboardInterrupt: after Ctrl-C, once the running step is finished and a checkpoint is written.
+            RunError: a loss is not finite, or another rank has stopped.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM on any rank, once the running step is finished and a checkpoint
+                is written.
         """
-        state, config = self._state, self._config
-        with Metrics(self._run / METRICS, state.step) as metrics, FinishStep() as interrupt:
-            batches = iter(loader(state.step))
+        state, config, ranks = self._state, self._config, self._ranks
+        ranks.share_weights(self._plain)
+        if ranks.first:
+            self._progress.begin(config.steps)
+        path = self._run / METRICS if ranks.first else None
+        with (
+            Metrics(path, state.step, tensorboard=config.tensorboard) as metrics,
+            FinishStep() as interrupt,
+            closing(_each(loader(state.step, self._share))) as batches,
+        ):
             while state.step < config.steps:
+                if ranks.any(interrupt.asked):
+                    self._save()
+                    raise KeyboardInterrupt
                 self._step(batches, metrics)
                 last = state.step == config.steps
                 if self._validate and (last or state.step % config.valid_every == 0):
                     self._measure(self._validate, metrics)
-                if last or interrupt.asked or state.step % config.save_every == 0:
+                if last or state.step % config.save_every == 0:
                     self._save()
-                if interrupt.asked and not last:
-                    raise KeyboardInterrupt
         if not self._validate:
             self._keep()
         return FitResult(state.step, state.best_accuracy, state.best_step, state.seconds, state.wait_seconds)
 
-    def _step(self, batches: Iterator[Batch], metrics: "Metrics") -> None:
+    def _step(self, batches: Iterator[Batch], metrics: Metrics) -> None:
         state, config, accelerator = self._state, self._config, self._accelerator
         start = time.perf_counter()
-        torch.manual_seed(config.seed * 1_000_003 + state.step)
         rate = rate_at(state.step, config)
         for group, full_rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = full_rate * rate
-        batch = to_device(next(batches), accelerator.device)
+        parts = [next(batches) for _ in self._share.parts]
         waited = time.perf_counter()
-        self._model.train()
-        with accelerator.autocast():
-            terms = self._losses(self._model, batch)
-        accelerator.backward(terms["loss"])
+        losses = self._backward(parts)
+        self._ranks.add_gradients(self._plain.parameters())
         if config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(self._model.parameters(), config.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         state.step += 1
         due = state.step % config.log_every == 0 or state.step == config.steps
-        values = {name: float(value.detach()) for name, value in terms.items()} if due else {}
+        values = self._ranks.total({name: float(value) for name, value in losses.items()}) if due else {}
         state.wait_seconds += waited - start
         state.seconds += time.perf_counter() - start
         if due:
@@ -188,22 +231,50 @@ class Fit:
             times = {"seconds": round(state.seconds, 4), "wait_seconds": round(state.wait_seconds, 4)}
             record = values | {"learning_rate": config.learning_rate * rate} | times
             metrics.write(state.step, record)
-            self._progress.step(state.step, record)
+            if self._ranks.first:
+                self._progress.step(state.step, record)
 
-    def _measure(self, validate: Callable[[nn.Module], float], metrics: "Metrics") -> None:
-        state = self._state
-        accuracy = validate(self._plain)
+    def _backward(self, parts: list[Batch]) -> Losses:
+        """Add up the gradients of this rank's micro-batches; return its part of the global batch's losses."""
+        objective = self._objective
+        sizes = {name: int(value) for name, value in self._ranks.largest(objective.sizes(parts)).items()}
+        rows = {name: int(value) for name, value in self._ranks.total(objective.rows(parts, sizes)).items()}
+        self._model.train()
+        sums: dict[str, Tensor] = {}
+        for part, batch in zip(self._share.parts, parts, strict=True):
+            torch.manual_seed(seed_of(self._config.seed, self._state.step, part))
+            with self._accelerator.autocast():
+                found = objective.sums(self._model, to_device(batch, self._accelerator.device), sizes)
+            self._accelerator.backward(objective.means(found, rows)["loss"])
+            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in found.items()}
+        return objective.means(sums, rows)
+
+    def _measure(self, validate: Callable[[nn.Module], float], metrics: Metrics) -> None:
+        state, ranks = self._state, self._ranks
+        found = {"accuracy": 0.0}
+        ranks.on_first(lambda: found.update(accuracy=validate(self._plain)))
+        accuracy = ranks.total(found)["accuracy"]
         metrics.write(state.step, {"valid_accuracy": accuracy})
-        self._progress.valid(state.step, accuracy)
+        if ranks.first:
+            self._progress.valid(state.step, accuracy)
         if state.best_accuracy is None or accuracy >= state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
             self._keep()
 
     def _keep(self) -> None:
-        with clear_disk_errors(self._run):
-            self._save_best(self._plain)
+        def keep() -> None:
+            with clear_disk_errors(self._run):
+                self._save_best(self._plain)
+
+        self._ranks.on_first(keep)
 
     def _save(self) -> None:
+        """Write a checkpoint of this step, unless there is none to go on from yet or it is there."""
+        if self._state.step not in (0, self._saved):
+            self._ranks.on_first(self._write)
+        self._saved = self._state.step
+
+    def _write(self) -> None:
         """Write a checkpoint under a temporary name, rename it, then drop the older ones."""
         folder = self._run / CHECKPOINTS
         final = folder / f"{self._state.step:08d}"
@@ -219,6 +290,8 @@ class Fit:
         with clear_disk_errors(folder):
             save_file(weights, partial / "model.safetensors")
             save_file(moments, partial / "optimizer.safetensors")
+        scaler = self._accelerator.scaler
+        self._state.scaler = None if scaler is None else scaler.state_dict()
         (partial / "state.json").write_text(json.dumps(asdict(self._state)))
         if final.exists():
             shutil.rmtree(final)
@@ -226,6 +299,11 @@ class Fit:
         for old in folder.iterdir():
             if old != final:
                 shutil.rmtree(old)
+
+
+def _each(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+    """The batches one by one; closing it lets the loader end its workers, also while an exception is on its way up."""
+    yield from batches
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from dde_cache.assets import LABELS, TEACHER_CONFIG
 from dde_cache.drift import versions
 from dde_cache.errors import InputError
+from dde_cache.partners import EXCHANGED
+from dde_cache.passes import RECIPES, PassName, Words, ordered, pass_name
 from dde_cache.samples import Shard
 from dde_cache.spec import (
     HIDDEN,
@@ -80,6 +82,10 @@ class ExtractConfig(Model):
         default=AS_PROCESSED,
         description="recipe of the views; without it, randaugment-2-9 where there are several views, or none",
     )
+    passes: tuple[PassName, ...] = Field(
+        default=("matched",),
+        description="what the teacher is shown of each view: matched, and masked text or negative pictures beside it",
+    )
     batch_size: int = Field(default=64, ge=1, description="pairs a forward pass")
     workers: int = Field(default=0, ge=0, description="processes that read ahead; 0: none")
     device: str = "cpu"
@@ -108,6 +114,22 @@ class ExtractConfig(Model):
             )
         order: tuple[Target, ...] = ("cross", "whole", "hidden")
         return tuple(name for name in order if name in targets)
+
+    @field_validator("passes")
+    @classmethod
+    def _order_passes(cls, passes: tuple[PassName, ...]) -> tuple[PassName, ...]:
+        return ordered(passes)
+
+    @model_validator(mode="after")
+    def _check_passes(self) -> "ExtractConfig":
+        if self.layers == () and len(self.passes) > 1:
+            raise ValueError("expected maps (layers) of passes beside matched: nothing else of them is kept")
+        return self
+
+    @property
+    def shown(self) -> int:
+        """Forward passes of the teacher for each pair."""
+        return self.views * len(self.passes)
 
     @model_validator(mode="after")
     def _check_views(self) -> "ExtractConfig":
@@ -143,9 +165,10 @@ def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> Ex
     """The settings that extract the targets of a specification again.
 
     Raises:
-        InputError: its views are of a recipe that this version does not know.
+        InputError: its views or passes are of a recipe that this version does not know.
     """
     parse_recipe(spec.view)
+    passes = tuple(pass_name(recipe) for recipe in spec.passes)
     shared = {
         name: getattr(spec, name)
         for name in ("k", "mass", "weights", "steps", "layers", "heads", "queries", "dtype", "views", "view")
@@ -153,19 +176,21 @@ def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> Ex
     targets = ["cross"] + [
         name for name, there in (("whole", spec.has_whole), ("hidden", spec.hidden_width is not None)) if there
     ]
-    return ExtractConfig(**shared, targets=targets, device=device, batch_size=batch_size)
+    return ExtractConfig(**shared, targets=targets, passes=passes, device=device, batch_size=batch_size)
 
 
 def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
     """Say what the numbers of an extraction will mean.
 
     Raises:
-        InputError: a layer that the teacher does not have, or one asked for twice.
+        InputError: a layer that the teacher does not have, or one asked for twice; or words cannot be masked.
     """
     layers = config.layers if config.layers is not None else (teacher.layers - 1,)
     if any(not 0 <= layer < teacher.layers for layer in layers) or len(set(layers)) != len(layers):
         raise InputError(f"expected different layers from 0 to {teacher.layers - 1}, got {list(layers)}")
     processor = teacher.preprocessor.processor
+    if "masked" in config.passes:
+        Words.of(processor.tokenizer)
     return TargetSpec(
         teacher=TeacherIdentity(
             family="vilt",
@@ -178,7 +203,7 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         directions=("t2i", "i2t"),
         view=config.view,
         views=config.views,
-        passes=("matched",),
+        passes=tuple(RECIPES[name] for name in config.passes),
         images=teacher.images,
         layers=tuple(sorted(layers)),
         teacher_layers=teacher.layers,
@@ -202,6 +227,8 @@ def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str
     groups: dict[str, dict[str, Any]] = {}
     if config.view != AS_PROCESSED:
         groups["views"] = {"hash": PIXEL_HASH}
+    if "negative" in config.passes:
+        groups["partners"] = dict(EXCHANGED)
     if "whole" in config.targets:
         groups[WHOLE] = WHOLE_ROWS
     if "hidden" in config.targets:

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment of our choosing: between two steps, when files are whole and no worker is being listened to."""
+"""Ctrl-C, and the SIGTERM of a scheduler, at a moment of our choosing: between two steps, when files are whole."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class FinishStep:
-    """Lets the running step finish on Ctrl-C; a second Ctrl-C stops at once."""
+    """Lets the running step finish on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -14,11 +14,12 @@ class FinishStep:
 
     def __enter__(self) -> "FinishStep":
         if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        # Schedulers and launchers send SIGTERM again, to the group and to each of its processes.
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -33,4 +34,5 @@ class FinishStep:
 
     def __exit__(self, *_error: object) -> None:
         if self._main:
-            signal.signal(signal.SIGINT, self._before)
+            for number, before in self._before.items():
+                signal.signal(number, before)

@@ -8,7 +8,7 @@ from dde_cache.errors import CacheError, bullet_list
 from dde_cache.samples import Shard
 from dde_cache.spec import UnitEntry, hash_keys
 from dde_cache.store import Cache
-from dde_cache.stream import PairTable
+from dde_cache.stream import PairTable, ShardPairs
 
 OnMissing = Literal["error", "skip"]
 
@@ -36,7 +36,7 @@ def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
         CacheError: something is missing (`error`), or nothing fits at all.
     """
     entries = units_by_source(cache)
-    pairs: list[list[tuple[str, int]]] = []
+    pairs: list[ShardPairs] = []
     no_targets: list[str] = []
     no_samples = [
         f"every key of unit {entry.name}"
@@ -57,7 +57,9 @@ def join(shards: Sequence[Shard], cache: Cache, on_missing: OnMissing) -> Join:
         else:
             no_targets += [f"{key} in shard {shard.name}" for key in texts if key not in held]
         taken |= held.keys() & texts.keys()
-        pairs.append([(key, slot) for key, count in texts.items() if key in held for slot in range(count)])
+        pairs.append(
+            ShardPairs.of([(key, slot) for key, count in texts.items() if key in held for slot in range(count)])
+        )
     for held in homes.values():
         no_samples += [f"{key} in unit {name}" for key, name in sorted(held.items()) if key not in taken]
     found = Join(PairTable(pairs), tuple(no_targets), tuple(no_samples))

@@ -13,7 +13,7 @@ from dde_cache.spec import HASH_BYTES, HIDDEN, WHOLE, Direction, Rows, TargetSpe
 from dde_cache.stream import CHUNK_PAIRS
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
-KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views", WHOLE, HIDDEN})
+KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views", "partners", WHOLE, HIDDEN})
 
 GROUP_OF_ROWS: Mapping[Rows, str] = {"t2i": "maps", "i2t": "maps", "t2w": WHOLE, "i2w": WHOLE}
 HIDDEN_ARRAYS = ("text", "image")
@@ -44,6 +44,8 @@ PREDICTION_COLUMNS: Mapping[str, type[np.generic]] = {
     "view": np.uint16,
     "pass": np.uint8,
 }
+
+PARTNER_COLUMNS = PREDICTION_COLUMNS
 
 VIEW_COLUMNS: Mapping[str, type[np.generic]] = {"sample": np.uint32, "image": np.uint8, "view": np.uint16}
 
@@ -77,6 +79,8 @@ def array_names(attributes: UnitAttributes) -> list[str]:
         names += [f"predictions/{name}" for name in (*PREDICTION_COLUMNS, "logits")]
     if "views" in attributes.groups:
         names += [f"views/{name}" for name in (*VIEW_COLUMNS, "pixels")]
+    if "partners" in attributes.groups:
+        names += [f"partners/{name}" for name in (*PARTNER_COLUMNS, *SAMPLE_ARRAYS)]
     return names
 
 
@@ -167,6 +171,13 @@ def _expected(
     for name, dtype in VIEW_COLUMNS.items():
         expected[f"views/{name}"] = ((np.dtype(dtype).name,), (views,))
     expected["views/pixels"] = (("uint8",), (views, HASH_BYTES))
+    partners = length("partners/sample")
+    for name, dtype in PARTNER_COLUMNS.items():
+        expected[f"partners/{name}"] = ((np.dtype(dtype).name,), (partners,))
+    offsets: Axis = partners + 1 if isinstance(partners, int) else (1, MAX_RECORDS + 1)
+    expected["partners/key_bytes"] = (("uint8",), ((0, 2**30),))
+    expected["partners/key_offsets"] = (("uint64",), (offsets,))
+    expected["partners/content"] = (("uint8",), (partners, 32))
     return expected
 
 

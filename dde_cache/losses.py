@@ -5,7 +5,6 @@ image queries and P_i2t, in fp32, without a temperature.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -90,58 +89,54 @@ def attention_kl(
     return dense_kl(teacher, student)
 
 
+def weighted_sum(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"]) -> Float[Tensor, ""]:
+    """Sum over weighted query rows of the mean over heads."""
+    return (rows * row_weight[:, None, :]).sum() / rows.shape[1]
+
+
 def weighted_mean(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"]) -> Float[Tensor, ""]:
     """Mean over heads and weighted query rows of the whole batch."""
-    return (rows * row_weight[:, None, :]).sum() / (row_weight.sum() * rows.shape[1])
+    return weighted_sum(rows, row_weight) / row_weight.sum()
 
 
-def soft_label_loss(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
-    """KL(teacher || student) over classes at temperature 1, mean over the batch (DiDE, NLVR2 and SNLI-VE)."""
+def soft_label_sum(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """KL(teacher || student) over classes at temperature 1, summed over pairs (DiDE, NLVR2 and SNLI-VE)."""
     return nn.functional.kl_div(
-        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="batchmean", log_target=True
+        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="sum", log_target=True
     )
 
 
+def soft_label_loss(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """The same as a mean over the batch."""
+    return soft_label_sum(student, teacher) / len(student)
+
+
+def label_sum(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""]:
+    """Cross-entropy with the labels, summed over the labelled pairs."""
+    return nn.functional.cross_entropy(student.float(), label, reduction="sum", ignore_index=-100)
+
+
 def label_loss(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""]:
-    """Cross-entropy with the labels, mean over the labelled pairs; 0 where a batch has none."""
-    known = (label >= 0).sum()
-    total = nn.functional.cross_entropy(student.float(), label, reduction="sum", ignore_index=-100)
-    return total / known.clamp_min(1)
+    """The same as a mean over the labelled pairs; 0 where a batch has none."""
+    return label_sum(student, label) / (label >= 0).sum().clamp_min(1)
 
 
-@dataclass(frozen=True)
-class Term:
-    """A loss as a sum and the count that divides it, so that counts can be summed over parts of a batch."""
+def answer_bce_sum(student: Float[Tensor, "b c"], target: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy of every answer by itself, summed over answers and pairs.
 
-    total: Float[Tensor, ""]
-    count: Float[Tensor, ""]
-
-    def mean(self) -> Float[Tensor, ""]:
-        """The sum over the count; 0 where nothing was counted."""
-        return self.total / self.count.clamp_min(1)
-
-
-def answer_bce(
-    student: Float[Tensor, "b c"], target: Float[Tensor, "b c"], known: Bool[Tensor, " b"] | None = None
-) -> Term:
-    """Binary cross-entropy of every answer by itself, summed over answers; counted by pairs.
-
-    That is the mean over pairs and answers, times the number of answers (ViLT and DiDE, VQAv2).
+    By pair, that is the mean over answers times their number (ViLT and DiDE, VQAv2).
 
     Args:
         student: logits.
         target: soft scores of the annotators, or the teacher's sigmoid.
-        known: pairs that have a target; None: all.
     """
-    rows = nn.functional.binary_cross_entropy_with_logits(student.float(), target.float(), reduction="none").sum(-1)
-    known = torch.ones_like(rows, dtype=torch.bool) if known is None else known
-    return Term(torch.where(known, rows, 0.0).sum(), known.sum())
+    return nn.functional.binary_cross_entropy_with_logits(student.float(), target.float(), reduction="sum")
 
 
-def contrastive_loss(
+def contrastive_sum(
     text: Float[Tensor, "b w"], image: Float[Tensor, "b w"], scale: Float[Tensor, ""], sample: Int[Tensor, " b"]
-) -> Term:
-    """Cross-entropy of picking the own partner among the batch's, both ways, halved (CLIP, arXiv 2103.00020).
+) -> Float[Tensor, ""]:
+    """Cross-entropy of picking the own partner among all pairs, both ways, halved (CLIP, arXiv 2103.00020); summed.
 
     Texts of one sample share their picture: they are partners of each other's pictures, so they are left out of one
     another's candidates, on both sides.
@@ -157,4 +152,4 @@ def contrastive_loss(
     twins = (sample[:, None] == sample[None]) & ~own
     logits = (scale.float() * cosine).masked_fill(twins, torch.finfo(torch.float32).min)
     rows = [nn.functional.cross_entropy(side, own.long().argmax(-1), reduction="sum") for side in (logits, logits.T)]
-    return Term((rows[0] + rows[1]) / 2, torch.tensor(float(len(sample)), device=sample.device))
+    return (rows[0] + rows[1]) / 2

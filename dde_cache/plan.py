@@ -18,9 +18,12 @@ import numpy as np
 from pydantic import Field
 
 from dde_cache.arrays import unit_members
+from dde_cache.encoder import Records, TargetEncoder
 from dde_cache.errors import InputError
 from dde_cache.identity import ExtractConfig
-from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, unit_attributes
+from dde_cache.partners import Partner, PartnersOfShards, Place
+from dde_cache.passes import pass_name
+from dde_cache.records import assemble, extraction_dataset, unit_attributes
 from dde_cache.samples import Sample, Shard
 from dde_cache.spec import Model, Provenance, Rows, TargetSpec
 from dde_cache.stream import CHUNK_PAIRS, PairTable
@@ -43,6 +46,7 @@ class ExtractPlan(Model):
     units: int = Field(description="still to extract")
     pairs: int = Field(description="still to extract")
     views: int = Field(description="of each pair")
+    passes: int = Field(default=1, description="of each view: forward passes of the teacher")
     finished_pairs: int = Field(description="in units that are there")
     sampled_pairs: int = Field(description="encoded for this prediction")
     bytes: int = Field(description="of the units to come; within 10 %")
@@ -55,7 +59,7 @@ class ExtractPlan(Model):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes and seconds of everything to come, and on how many pairs (each once a view) that rests."""
+    """Bytes and seconds of everything to come, and on how many pairs (each once a view and pass) that rests."""
 
     bytes: int
     seconds: float
@@ -225,14 +229,18 @@ def _write(
 ) -> None:
     """Make a unit of some batches, count its bytes, and write it to a place that is forgotten."""
     samples: list[Sample] = []
-    place: list[tuple[int, int, int]] = []
+    place: list[Place] = []
+    partners: dict[Place, Partner] = {}
+    chosen = PartnersOfShards(shards)
     for number in numbers:
         pair = table[number]
         if not samples or samples[-1].key != pair.key:
             samples.append(shards[pair.shard].read(pair.key))
         # A batch may begin or end in the middle of a sample.
-        place.append((len(samples) - 1, pair.text, pair.view))
-    arrays = assemble(records, samples, place, spec)
+        place.append((len(samples) - 1, pair.text, pair.view, pair.pass_number))
+        if pass_name(spec.passes[pair.pass_number]) == "negative":
+            partners[place[-1]] = chosen.partner(pair, samples[-1].texts[pair.text])
+    arrays = assemble(records, samples, place, spec, partners)
     members = unit_members(arrays, unit_attributes(arrays, spec, shards[0].name, Provenance(), {}))
     measured.count(members)
     measured.pairs += len(numbers)

@@ -15,11 +15,13 @@ from dde_cache.codec import RELATIVE_ERROR, EncodedDense, EncodedSparse, decode_
 from dde_cache.drift import PixelHashes
 from dde_cache.errors import CacheError, InputError, PixelDrift
 from dde_cache.identity import DTYPES, config_of, target_spec
+from dde_cache.partners import Partner, Place, read_partners
+from dde_cache.passes import pass_name
 from dde_cache.records import extraction_dataset
-from dde_cache.samples import Shard
+from dde_cache.samples import Shard, Text
 from dde_cache.spec import TOLERANCE, Model, Rows, TargetSpec, difference
 from dde_cache.store import Cache
-from dde_cache.stream import PairTable
+from dde_cache.stream import Pair, PairTable
 from dde_cache.teacher import FusionTeacher, HiddenStates, TeacherOutput
 from dde_cache.unit import Unit
 from dde_cache.vilt import image_tokens
@@ -47,15 +49,17 @@ class _Chosen:
     key: str
     text: int
     view: int
+    pass_number: int
     records: Mapping[tuple[int, int], int]  # (image, layer) -> record
     prediction: int | None
-    views: int = 1
+    spec: TargetSpec
 
     @property
     def where(self) -> str:
         """Which pair, in words."""
-        view = f", view {self.view}" if self.views > 1 else ""
-        return f"sample {self.key!r}, text {self.text}{view}"
+        view = f", view {self.view}" if self.spec.views > 1 else ""
+        which = f", pass {self.pass_number}" if len(self.spec.passes) > 1 else ""
+        return f"sample {self.key!r}, text {self.text}{view}{which}"
 
 
 def recompute(
@@ -81,7 +85,7 @@ def recompute(
     try:
         given = target_spec(teacher, config_of(spec).model_copy(update={"layers": None}))
     except InputError as error:
-        return None, [Problem("teacher", f"view: {error}")]
+        return None, [Problem("teacher", f"views and passes: {error}")]
     differences = difference(spec, given.model_copy(update={"layers": spec.layers}))
     if differences:
         return None, [Problem("teacher", line) for line in differences]
@@ -137,11 +141,13 @@ class _Trial:
         table: list[list[tuple[str, int]]] = [[] for _ in self._shards]
         for pair in chosen:
             table[self._owner[pair.key]].append((pair.key, pair.text))
-        every, views = self._spec.queries == "all", self._spec.views
-        dataset = extraction_dataset(
-            self._shards, PairTable(table).in_views(views), self._teacher.preprocessor, self._spec
+        every, views, passes = self._spec.queries == "all", self._spec.views, len(self._spec.passes)
+        pairs = PairTable(table).in_views(views, passes=passes)
+        partners = _Named(read_partners(unit) if unit.has_partners else {}, unit.keys)
+        dataset = extraction_dataset(self._shards, pairs, self._teacher.preprocessor, self._spec, partners)
+        batch = dataset.__getitems__(
+            [(number * views + pair.view) * passes + pair.pass_number for number, pair in enumerate(chosen)]
         )
-        batch = dataset.__getitems__([number * views + pair.view for number, pair in enumerate(chosen)])
         yield from self._pixels(unit, chosen, batch)
         moved = to_device(batch, self._device)
         pictures = pictures_of(moved)
@@ -179,6 +185,8 @@ class _Trial:
             return
         hashes, numbers = PixelHashes(unit), {key: number for number, key in enumerate(unit.keys)}
         for pair, here in zip(chosen, batch["pixel_hashes"].numpy(), strict=True):
+            if pass_name(self._spec.passes[pair.pass_number]) == "negative":
+                continue
             try:
                 hashes.compare(numbers[pair.key], pair.key, pair.view, [row.tobytes() for row in here])
             except PixelDrift as drift:
@@ -255,23 +263,46 @@ class _Trial:
 
 
 def _choose(unit: Unit, numbers: np.ndarray) -> list[_Chosen]:
-    """The pairs of a unit by number, in the order of the tables, each with the records of one view by turns."""
-    views = unit.attributes.spec.views
-    records: dict[tuple[int, int, int], dict[tuple[int, int], int]] = {}
+    """The pairs of a unit by number, in the order of the tables, each in one view and pass, by turns."""
+    spec = unit.attributes.spec
+    records: dict[Place, dict[tuple[int, int], int]] = {}
     if "maps" in unit.attributes.groups:
         maps = unit.maps
-        first = np.flatnonzero(maps.passes == 0)
-        columns = (maps.sample, maps.text, maps.view, maps.image, maps.layer)
-        for row, sample, text, view, image, layer in zip(first, *(column[first] for column in columns), strict=True):
-            records.setdefault((int(sample), int(text), int(view)), {})[int(image), int(layer)] = int(row)
-    predictions: dict[tuple[int, int, int], int] = {}
+        places = (maps.sample, maps.text, maps.view, maps.passes)
+        which = zip(maps.image.tolist(), maps.layer.tolist(), strict=True)
+        for row, (place, map_of) in enumerate(
+            zip(zip(*map(np.ndarray.tolist, places), strict=True), which, strict=True)
+        ):
+            records.setdefault(place, {})[map_of] = row
+    predictions: dict[Place, int] = {}
     if unit.has_logits:
-        sample, text, view, passes = (unit.array(f"predictions/{name}") for name in ("sample", "text", "view", "pass"))
-        for row in np.flatnonzero(passes == 0):
-            predictions[int(sample[row]), int(text[row]), int(view[row])] = int(row)
+        columns = [unit.array(f"predictions/{name}").tolist() for name in ("sample", "text", "view", "pass")]
+        predictions = {place: row for row, place in enumerate(zip(*columns, strict=True))}
     pairs = sorted({place[:2] for place in records.keys() | predictions.keys()})
-    return [
-        _Chosen(unit.keys[sample], text, view, records.get(place, {}), predictions.get(place), views)
-        for place in ((*pairs[number], int(number) % views) for number in numbers if number < len(pairs))
-        for sample, text, view in [place]
-    ]
+    chosen = []
+    for number in numbers[numbers < len(pairs)].tolist():
+        turn, view = divmod(number, spec.views)
+        sample, text = pairs[number]
+        place = (sample, text, view, turn % len(spec.passes) if records else 0)
+        found = records.get(place, {}), predictions.get(place)
+        chosen.append(_Chosen(unit.keys[sample], text, view, place[3], *found, spec))
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The partners that a unit names."""
+
+    partners: Mapping[Place, Partner]
+    keys: Sequence[str]
+
+    def partner(self, pair: Pair, _text: Text) -> Partner:
+        """The partner of a pair.
+
+        Raises:
+            CacheError: the unit does not say.
+        """
+        place = (self.keys.index(pair.key), pair.text, pair.view, pair.pass_number)
+        if place not in self.partners:
+            raise CacheError(f"expected the partner of text {pair.text} of sample {pair.key!r}, found none")
+        return self.partners[place]

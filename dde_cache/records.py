@@ -1,16 +1,17 @@
-"""From batches of pairs through the teacher to the arrays of a unit."""
+"""From the batches of a unit, encoded, to its arrays."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dde_cache.attention import SparseAttention, sparsify
-from dde_cache.batches import Batch, PairDataset, pictures_of, to_device, tokens_of
-from dde_cache.codec import EncodedAttention, concatenate, encode, encode_dense, from_parts, steps_of
-from dde_cache.errors import InputError, TeacherError
+from dde_cache.batches import PairDataset
+from dde_cache.codec import EncodedAttention, concatenate, from_parts, steps_of
+from dde_cache.encoder import Records
+from dde_cache.partners import Partner, PartnerPool, PartnerSource, partner_arrays
+from dde_cache.partners import Place as Place
+from dde_cache.passes import pass_name
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Sample, Shard
 from dde_cache.spec import (
@@ -19,210 +20,104 @@ from dde_cache.spec import (
     WHOLE,
     Group,
     Provenance,
-    Rows,
     TargetSpec,
     UnitAttributes,
     hash_keys,
 )
 from dde_cache.stream import PairTable
-from dde_cache.teacher import FusionTeacher, HiddenStates
 from dde_cache.unit import MapColumns, UnitArrays
 from dde_cache.views import group_arrays, parse_recipe
-from dde_cache.vilt import image_tokens, token_mask
-
-
-@dataclass(frozen=True)
-class Records:
-    """One batch on its way to the disk; the lists run over (image slot, layer)."""
-
-    token_ids: Tensor
-    text_tokens: Tensor
-    grids: list[Tensor]
-    rows: Mapping[Rows, list[EncodedAttention]]
-    logits: Tensor | None
-    pixel_hashes: Tensor | None = None
-    hidden: Sequence[HiddenStates] = ()
-
-
-@dataclass
-class Kept:
-    """Running sums over what was encoded."""
-
-    pairs: int = 0
-    mass: float = 0.0
-    rows: int = 0
-    dense_bytes: int = 0
-    bytes: int = 0
-
-    @property
-    def mean(self) -> float | None:
-        """Mean kept mass of a row."""
-        return self.mass / self.rows if self.rows else None
-
-
-class TargetEncoder:
-    """From batches of pairs to encoded targets, through the teacher.
-
-    Args:
-        teacher: already on `device`.
-        spec: what to keep.
-        device: where the teacher is.
-    """
-
-    def __init__(self, teacher: FusionTeacher, spec: TargetSpec, device: str) -> None:
-        self._teacher, self._spec, self._device = teacher, spec, torch.device(device)
-        self.kept = Kept()
-
-    def __call__(self, batch: Batch) -> Records:
-        """Run the teacher on one batch and encode its maps.
-
-        Raises:
-            InputError: there is not enough memory for a batch of this size.
-            TeacherError: the teacher gave NaN or infinity.
-        """
-        try:
-            return self._encode(batch)
-        except (RuntimeError, MemoryError) as error:
-            # CUDA has a class for it, the CPU's allocator has not.
-            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(
-                error
-            ):
-                raise
-            raise InputError(
-                f"not enough memory on {self._device} for a batch of {len(batch['pair'])} pairs; pass a smaller "
-                "--batch-size (it is never changed by itself: the targets of a pair depend on it, in their last bits)"
-            ) from error
-
-    def _encode(self, batch: Batch) -> Records:
-        spec = self._spec
-        moved = to_device(batch, self._device)
-        pictures = pictures_of(moved)
-        output = self._teacher(
-            tokens_of(moved),
-            pictures,
-            spec.layers,
-            padded_queries=spec.queries == "all",
-            whole=spec.has_whole,
-            hidden=spec.hidden_width is not None,
-        )
-        if output.logits is not None:
-            self._check_finite(output.logits)
-        text_tokens = batch["attention_mask"].sum(-1)
-        encoded: dict[Rows, list[EncodedAttention]] = {name: [] for name in spec.rows}
-        hidden: list[HiddenStates] = []
-        for slot, picture in enumerate(pictures):
-            words, patches = text_tokens.to(self._device), image_tokens(picture.grid).to(self._device)
-            keys = {"t2i": patches, "i2t": words}
-            for layer in spec.layers:
-                for name in spec.rows:
-                    of_text = name in ("t2i", "t2w")
-                    filled = words if of_text else patches
-                    every = keys.get(name, words + patches)
-                    encoded[name].append(
-                        self._encode_maps(output.rows(name, slot, layer), filled, every, of_text=of_text)
-                    )
-                    self.kept.dense_bytes += 2 * spec.stored_heads * int((filled * every).sum())
-                if output.hidden:
-                    hidden.append(self._narrow(output.hidden[slot, layer], words, patches))
-                    self.kept.dense_bytes += 2 * (spec.hidden_width or 0) * int((words + patches).sum())
-        self.kept.pairs += len(text_tokens)
-        return Records(
-            token_ids=batch["input_ids"] * batch["attention_mask"],
-            text_tokens=text_tokens,
-            grids=[picture.grid for picture in pictures],
-            rows=encoded,
-            logits=None if output.logits is None else output.logits.cpu(),
-            pixel_hashes=batch.get("pixel_hashes"),
-            hidden=hidden,
-        )
-
-    def _narrow(self, states: HiddenStates, words: Tensor, patches: Tensor) -> HiddenStates:
-        """Hidden states of the valid tokens in float16, with 0 behind them."""
-        narrow = []
-        for part, count in ((states.text, words), (states.image, patches)):
-            part = torch.where(token_mask(count, part.shape[1])[..., None], part, 0).to(torch.float16)
-            if not bool(part.isfinite().all()):
-                raise TeacherError(
-                    "expected hidden states from the teacher that fit float16, got larger or not finite ones; look at "
-                    "its weights, or leave hidden out of --targets"
-                )
-            narrow.append(part.cpu())
-        return HiddenStates(*narrow)
-
-    def _check_finite(self, numbers: Tensor) -> None:
-        """Refuse what no reader would take.
-
-        Raises:
-            TeacherError: the teacher gave NaN or infinity.
-        """
-        if not bool(numbers.isfinite().all()):
-            raise TeacherError(
-                f"expected finite logits and attention from the teacher, got others in {self._spec.dtype}; try --dtype "
-                "float32 or bfloat16, or look at its weights"
-            )
-
-    def _encode_maps(self, maps: Tensor, rows: Tensor, keys: Tensor, *, of_text: bool) -> EncodedAttention:
-        """Encode the maps of one layer; rows that are not stored become empty."""
-        spec = self._spec
-        if spec.heads == "mean":
-            maps = maps.mean(1, keepdim=True)
-        valid = token_mask(rows, maps.shape[2])
-        if spec.queries == "all":
-            # Text is padded to the text length, every row counts; of the padded image rows one is kept.
-            stored = torch.ones_like(valid) if of_text else token_mask(rows + 1, maps.shape[2])
-        else:
-            stored = valid
-        self.kept.rows += int(valid.sum()) * maps.shape[1]
-        if spec.steps is not None:
-            self._check_finite(maps.sum(-1))
-            self.kept.mass += int(valid.sum()) * maps.shape[1]
-            return encode_dense(maps, stored, token_mask(keys, maps.shape[3]), spec.steps)
-        sparse = sparsify(maps, None if spec.k is None else min(spec.k, maps.shape[-1]), spec.mass)
-        self._check_finite(sparse.tail)
-        self.kept.mass += float(((1 - sparse.tail) * valid[:, None]).sum())
-        stored = stored[:, None, :]
-        blanked = SparseAttention(
-            torch.where(stored[..., None], sparse.index, 0),
-            torch.where(stored[..., None], sparse.weight, 0.0),
-            torch.where(stored, sparse.tail, 0.0),
-        )
-        return encode(blanked, spec.weights, maps.shape[-1])
 
 
 def extraction_dataset(
-    shards: Sequence[Shard], table: PairTable, preprocessor: Preprocessor, spec: TargetSpec
+    shards: Sequence[Shard],
+    table: PairTable,
+    preprocessor: Preprocessor,
+    spec: TargetSpec,
+    partners: PartnerSource | None = None,
 ) -> PairDataset:
-    """What the teacher sees of some pairs, in their views.
+    """What the teacher sees of some pairs, in their views and passes.
+
+    Args:
+        shards, table, preprocessor: as for `PairDataset`.
+        spec: what is kept.
+        partners: whose pictures the negative pass shows; None: chosen from the shards.
 
     Raises:
-        InputError: a recipe of views that this version cannot replay.
+        InputError: a recipe of views or passes that this version cannot replay.
     """
-    recipe = parse_recipe(spec.view)
-    return PairDataset(shards, table, preprocessor, (), full_text=spec.queries == "all", recipe=recipe, hashes=True)
+    return PairDataset(
+        shards,
+        table,
+        preprocessor,
+        (),
+        full_text=spec.queries == "all",
+        recipe=parse_recipe(spec.view),
+        hashes=True,
+        passes=[pass_name(recipe) for recipe in spec.passes],
+        partners=partners,
+    )
 
 
-def places(samples: Sequence[Sample], views: int) -> list[tuple[int, int, int]]:
-    """(number of the sample, text slot, view) of everything that a teacher sees of some samples, in a unit's order."""
+def places(samples: Sequence[Sample], spec: TargetSpec) -> list[Place]:
+    """Everything that a teacher sees of some samples, in a unit's order."""
     return [
-        (number, slot, view)
+        (number, slot, view, pass_number)
         for number, sample in enumerate(samples)
         for slot in range(len(sample.texts))
-        for view in range(views)
+        for view in range(spec.views)
+        for pass_number in range(len(spec.passes))
     ]
 
 
+def partners_of(
+    place: Sequence[Place], samples: Sequence[Sample], shard: str, spec: TargetSpec
+) -> dict[Place, Partner]:
+    """The partners of those places whose pass exchanges pictures.
+
+    Args:
+        place: in a unit.
+        samples: all of the unit, by number.
+        shard: its file name.
+        spec: what is kept.
+
+    Raises:
+        InputError: no sample of the shard suits.
+    """
+    exchanging = {number for number, recipe in enumerate(spec.passes) if pass_name(recipe) == "negative"}
+    if not exchanging:
+        return {}
+    pool = PartnerPool(shard, samples)
+    return {
+        (number, slot, view, pass_number): pool.pick(
+            samples[number].key, slot, samples[number].texts[slot].text, view, spec.passes[pass_number]
+        )
+        for number, slot, view, pass_number in place
+        if pass_number in exchanging
+    }
+
+
 def assemble(
-    records: Sequence[Records], samples: Sequence[Sample], place: Sequence[tuple[int, int, int]], spec: TargetSpec
+    records: Sequence[Records],
+    samples: Sequence[Sample],
+    place: Sequence[Place],
+    spec: TargetSpec,
+    partners: Mapping[Place, Partner],
 ) -> UnitArrays:
-    """Put the batches of a unit together, padded to its longest record, sorted by (sample, text, view, image, layer).
+    """Put the batches of a unit together, padded to its longest record, sorted as a unit is.
+
+    Predictions are those of the matched pass: nothing is learned from answers to a text with gaps or beside a strange
+    picture.
 
     Args:
         records: the batches, in the order of `place`.
         samples: of the unit.
-        place: what each row of the batches is of: number of the sample, text slot, view.
+        place: what each row of the batches is of.
         spec: what is kept.
+        partners: by place, of those rows that show another sample's picture.
     """
-    sample, text, view = (torch.tensor(column) for column in zip(*place, strict=True))
+    sample, text, view, passes = (torch.tensor(column) for column in zip(*place, strict=True))
+    matched = passes == 0
     images, layers = len(records[0].grids), len(spec.layers)
     each = images * layers
     grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
@@ -234,7 +129,7 @@ def assemble(
         text=text.repeat_interleave(each).numpy(),
         image=torch.arange(images).repeat_interleave(layers).repeat(pairs).numpy(),
         view=view.repeat_interleave(each).numpy(),
-        passes=np.zeros(pairs * each, np.int64),
+        passes=passes.repeat_interleave(each).numpy(),
         layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
         text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
         token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
@@ -248,20 +143,22 @@ def assemble(
     }
     logits = [record.logits for record in records if record.logits is not None]
     hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
+    further = partner_arrays(partners) if "partners" in spec.groups else {}
+    if hashes:
+        further |= group_arrays(sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[matched].numpy())
+    if records[0].hidden:
+        further |= _hidden_arrays(records, {"text": longest, "image": longest_of["t2i"]})
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
         maps=columns,
         t2i=stacked.get("t2i"),
         i2t=stacked.get("i2t"),
-        prediction_sample=sample.numpy(),
-        prediction_text=text.numpy(),
-        logits=torch.cat(logits).numpy() if logits else None,
-        prediction_view=view.numpy(),
-        further={
-            **(group_arrays(sample.numpy(), view.numpy(), torch.cat(hashes).numpy()) if hashes else {}),
-            **(_hidden_arrays(records, {"text": longest, "image": longest_of["t2i"]}) if records[0].hidden else {}),
-        },
+        prediction_sample=sample[matched].numpy(),
+        prediction_text=text[matched].numpy(),
+        logits=torch.cat(logits)[matched].numpy() if logits else None,
+        prediction_view=view[matched].numpy(),
+        further=further,
         whole={name: maps for name, maps in stacked.items() if name in ("t2w", "i2w")},
     )
 
@@ -307,12 +204,11 @@ def unit_attributes(
     """
     held = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
     groups = {name: Group(required=True) for name, there in held.items() if there}
-    if "views/pixels" in arrays.further:
-        groups["views"] = Group(required=False)
+    for name, array in (("views", "pixels"), ("partners", "content"), (HIDDEN, "text")):
+        if f"{name}/{array}" in arrays.further:
+            groups[name] = Group(required=False)
     if arrays.whole:
         groups[WHOLE] = Group(required=False)
-    if f"{HIDDEN}/text" in arrays.further:
-        groups[HIDDEN] = Group(required=False)
     return UnitAttributes(
         format_version=FORMAT_VERSION,
         spec=spec,

@@ -7,13 +7,13 @@ from dde_cache.batches import PairDataset
 from dde_cache.runs import FitConfig
 from dde_cache.samples import Shard
 from dde_cache.store import Cache
-from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.stream import WHOLE, BatchOrder, PairTable, Share
 from dde_cache.targets import CacheTargets
 from dde_cache.views import AS_PROCESSED, PUBLISHED, is_mirrored, parse_recipe, recipe_name, view_of
 
 
 def order_in_views(
-    table: PairTable, views: int, config: FitConfig, first: int, last: int, sides: int = 1
+    table: PairTable, views: int, config: FitConfig, first: int, last: int, share: Share = WHOLE, sides: int = 1
 ) -> BatchOrder:
     """The batches of a run, as numbers in `table.in_views(views, sides)`: a pure function of (seed, epoch, key).
 
@@ -25,11 +25,13 @@ def order_in_views(
         config: seed, shuffle and batch size.
         first: step to begin with.
         last: step to end at.
+        share: which part of each batch.
         sides: 2 where every other picture is mirrored.
     """
     shuffle = config.shuffle()
     shuffle = replace(shuffle, chunks=max(1, shuffle.chunks // views))
-    return BatchOrder(table, shuffle, config.batch_size, first, last, _choice(table, views, sides, config.seed))
+    choose = _choice(table, views, sides, config.seed)
+    return BatchOrder(table, shuffle, config.batch_size, first, last, share, choose)
 
 
 def _choice(table: PairTable, views: int, sides: int, seed: int) -> Callable[[list[int], int], list[int]]:

@@ -3,26 +3,30 @@
 RUN/config.yaml     resolved settings; `--config` takes it as it is
 RUN/inputs.json     what else a resumed run must share: data, targets, initial weights
 RUN/metrics.jsonl   losses, learning rate and times by step; validation accuracy
+RUN/tensorboard/    the same for TensorBoard, with `tensorboard: true`
 RUN/checkpoints/    the newest checkpoint
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dde_cache.errors import RunError, bullet_list
+from dde_cache.errors import InputError, RunError, bullet_list
 from dde_cache.stream import Shuffle
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"
+TENSORBOARD = "tensorboard"
 
-MAY_CHANGE = ("workers", "log_every", "save_every")
-"""Settings that do not change what is trained."""
+MAY_CHANGE = ("workers", "log_every", "save_every", "accumulate", "tensorboard")
+"""Settings that do not change what is trained. (`accumulate` changes last bits, and what dropout drops.)"""
 
 
 class FitConfig(BaseModel):
@@ -31,7 +35,13 @@ class FitConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(default=1000, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=128, ge=1, description="pairs a step")
+    epochs: int | None = Field(
+        default=None, ge=1, description="passes over the pairs, full batches alone; null: as many as `steps` say"
+    )
+    batch_size: int = Field(default=128, ge=1, description="pairs a step, of all ranks and micro-batches together")
+    accumulate: int = Field(
+        default=1, ge=1, description="micro-batches that each rank cuts its share of a batch into, to save memory"
+    )
     learning_rate: float = Field(default=5e-4, gt=0)
     head_learning_rate_factor: float = Field(
         default=1.0, gt=0, description="times the learning rate, for the task head"
@@ -49,10 +59,32 @@ class FitConfig(BaseModel):
     log_every: int = Field(default=20, ge=1, description="steps")
     valid_every: int = Field(default=500, ge=1, description="steps")
     save_every: int = Field(default=500, ge=1, description="steps")
+    tensorboard: bool = Field(default=False, description="write the metrics for TensorBoard too")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _read_no(cls, value: Any) -> Any:
+        """YAML takes a bare `no` for false."""
+        return "no" if value is False else value
 
     def shuffle(self) -> Shuffle:
         """How the pairs are mixed."""
         return Shuffle(self.seed, self.shuffle_shards, self.shuffle_chunks)
+
+
+Config = TypeVar("Config", bound=FitConfig)
+
+
+def with_steps(config: Config, pairs: int) -> Config:
+    """Settle how many steps `epochs` are.
+
+    Args:
+        config: settings of a fit.
+        pairs: in one pass over the training data; at least one batch.
+    """
+    if config.epochs is None:
+        return config
+    return config.model_copy(update={"steps": config.epochs * (pairs // config.batch_size)})
 
 
 def open_run(
@@ -69,6 +101,8 @@ def open_run(
     Raises:
         RunError: the folder is taken, or `resume` with other settings or inputs, or where no run was begun.
     """
+    if config.tensorboard:
+        _summary_writer()
     path = folder / CONFIG
     values = config.model_dump(mode="json")
     if not resume:
@@ -95,25 +129,60 @@ def open_run(
         raise RunError(f"{folder}: --resume needs what the run was begun with:{bullet_list(differences, 20)}")
 
 
-class Metrics:
-    """`metrics.jsonl`, cut back to a step when a run resumes there."""
+def _summary_writer() -> Any:
+    """TensorBoard's writer, imported where it is asked for.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Raises:
+        InputError: the package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "tensorboard: true needs a package that is not installed; pip install 'dde-cache[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
+class Metrics:
+    """`metrics.jsonl`, cut back to a step when a run resumes there; with `tensorboard`, its event files too.
+
+    Without a path (on ranks that do not write) nothing is kept.
+    """
+
+    def __init__(self, path: Path | None, step: int, *, tensorboard: bool = False) -> None:
+        self._file: IO[str] | None = None
+        self._events: Any = None
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if step and path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        # Whole or not at all: a run that is killed here must not lose the metrics of the steps before.
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
         self._file = path.open("a")
+        # TensorBoard hides what was written of steps from `purge_step` on before.
+        if tensorboard:
+            self._events = _summary_writer()(str(path.parent / TENSORBOARD), purge_step=step + 1)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Add one line."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in record.items():
+                self._events.add_scalar(name, value, step)
 
     def __exit__(self, *_error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()

@@ -7,22 +7,19 @@ A sample is what a tar holds under one key: one or two images and one or more te
     KEY.json           {"texts": [{"text": ..., "label": ..., "answers": [...], "kind": ..., "meta": {...}}],
                         "meta": {...}}
 
-and a folder of shards carries `shards.json`, the index that says what is inside. Only this module knows
-webdataset.
+and a folder of shards carries `shards.json`, the index that says what is inside.
 """
 
-import contextlib
 import hashlib
-import itertools
-import os
 import re
+import sys
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import webdataset
+import numpy as np
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -102,6 +99,10 @@ class Sample:
         digest.update(bytes([len(self.images)]))
         return digest.digest()
 
+    def pictures_hash(self) -> bytes:
+        """SHA-256 (32 bytes) of the pictures alone, in their order."""
+        return hashlib.sha256(b"".join(hashlib.sha256(image.content).digest() for image in self.images)).digest()
+
 
 def check_key(key: str) -> str | None:
     """Return why `key` cannot name a sample in a tar, or None where it can.
@@ -111,78 +112,6 @@ def check_key(key: str) -> str | None:
     if not _KEY.fullmatch(key) or not key.isprintable() or len(key.encode()) > 200:
         return f"key {key!r} must be 1 to 200 bytes, printable, without dots, spaces, backslashes or empty folders"
     return None
-
-
-def write_shards(
-    samples: Iterator[Sample], folder: Path, *, source: str, split: str, shard_size: int, arguments: Mapping[str, Any]
-) -> ShardsIndex:
-    """Write samples into `folder` as `000000.tar`, ... of `shard_size` samples each, then `shards.json`.
-
-    The tars carry no clock time and no user, so the same samples give the same bytes. The index is written last:
-    a folder without one was cut short.
-
-    Raises:
-        OSError: the folder cannot be written or its disk is full.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    entries: list[ShardEntry] = []
-    labels: set[str] = set()
-    kinds: set[str] = set()
-    for group in _groups(samples, shard_size):
-        name = f"{len(entries):06d}.tar"
-        partial = folder / (name + ".partial")
-        counted = pairs = 0
-        with _tar_writer(partial) as write:
-            for sample in group:
-                write(_members(sample))
-                counted += 1
-                pairs += len(sample.texts)
-                labels.update(text.label for text in sample.texts if text.label is not None)
-                kinds.update(text.kind for text in sample.texts if text.kind is not None)
-        os.replace(partial, folder / name)
-        entries.append(ShardEntry(name=name, samples=counted, pairs=pairs))
-    made: dict[str, Any] = {"source": source, "split": split, "arguments": dict(arguments)}
-    index = ShardsIndex(**made, labels=tuple(sorted(labels)), kinds=tuple(sorted(kinds)), shards=tuple(entries))
-    write_index(folder, index)
-    return index
-
-
-def write_index(folder: Path, index: ShardsIndex) -> None:
-    """Write `shards.json` of a folder of shards, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written or its disk is full.
-    """
-    partial = folder / (INDEX_NAME + ".partial")
-    partial.write_text(index.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / INDEX_NAME)
-
-
-def _groups(samples: Iterator[Sample], size: int) -> Iterator[Iterator[Sample]]:
-    for first in samples:
-        yield itertools.chain([first], itertools.islice(samples, size - 1))
-
-
-@contextlib.contextmanager
-def _tar_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
-    # An open file: webdataset runs some names as commands. PAX: USTAR ends names at 100 bytes. A float for mtime would
-    # cost each member a PAX header.
-    with (
-        open(path, "wb") as file,
-        webdataset.TarWriter(
-            file, encoder=False, mtime=0, user="", group="", compress=False, format="PAX_FORMAT"
-        ) as writer,
-    ):
-        yield writer.write
-
-
-def _members(sample: Sample) -> dict[str, Any]:
-    row: dict[str, Any] = {"__key__": sample.key}
-    for slot, image in enumerate(sample.images):
-        row[f"image{slot}.{image.format}"] = image.content
-    record = SampleRecord(texts=sample.texts, meta=dict(sample.meta))
-    row["json"] = record.model_dump_json(exclude_defaults=True).encode()
-    return row
 
 
 def shard_paths(shards: str | Path) -> list[Path]:
@@ -239,13 +168,19 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._members: dict[str, list[tuple[str, int, int]]] = {}
+        found: dict[str, list[tuple[str, int, int]]] = {}
         try:
             for name, offset, size in list_members(path):
                 key, _, suffix = self._split(name)
-                self._members.setdefault(key, []).append((suffix, offset, size))
+                found.setdefault(key, []).append((sys.intern(suffix), offset, size))
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(f"{path}: expected a tar of samples, but it cannot be read: {error}") from error
+        # Numbers in arrays: as tuples they take three times the memory, in every process, for every sample there is.
+        self._numbers = {key: number for number, key in enumerate(found)}
+        self._first = np.cumsum([0, *map(len, found.values())])
+        members = [member for some in found.values() for member in some]
+        self._suffixes = [suffix for suffix, _, _ in members]
+        self._places = np.array([place for _, *place in members], np.int64).reshape(-1, 2)
 
     @staticmethod
     def _split(name: str) -> tuple[str, str, str]:
@@ -261,10 +196,10 @@ class Shard:
     @property
     def keys(self) -> Sequence[str]:
         """The sample keys in tar order."""
-        return list(self._members)
+        return list(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._numbers)
 
     def read(self, key: str) -> Sample:
         """Read one sample by key.
@@ -273,7 +208,7 @@ class Shard:
             InputError: the shard has no such key, or the sample breaks the schema.
         """
         where = f"{self.path}, sample {key!r}"
-        if key not in self._members:
+        if key not in self._numbers:
             raise InputError(f"{where}: no such key; the tar holds {len(self)} others")
         images: dict[int, EncodedImage] = {}
         records: list[bytes] = []
@@ -293,9 +228,11 @@ class Shard:
         return Sample(key, tuple(images[slot] for slot in sorted(images)), record.texts, record.meta)
 
     def _contents(self, key: str, where: str) -> Iterator[tuple[str, bytes]]:
+        number = self._numbers[key]
+        members = slice(int(self._first[number]), int(self._first[number + 1]))
         try:
             with open(self.path, "rb") as file:
-                for suffix, offset, size in self._members[key]:
+                for suffix, (offset, size) in zip(self._suffixes[members], self._places[members].tolist(), strict=True):
                     file.seek(offset)
                     content = file.read(size)
                     if len(content) != size:
@@ -305,7 +242,7 @@ class Shard:
             raise InputError(f"{where}: cannot be read any more: {error}") from error
 
     def __iter__(self) -> Iterator[Sample]:
-        for key in self._members:
+        for key in self._numbers:
             yield self.read(key)
 
 

@@ -23,14 +23,16 @@ CHUNK_PAIRS = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """One text of one sample, in one view: shard number, sample key, text slot, number of the view, and whether its
-    picture is mirrored (`train --remap-flips`)."""
+    """One text of one sample, in one view: shard number, sample key, text slot, number of the view, whether its
+    picture is mirrored (`train --remap-flips`), and the number of the pass: 0 is text and picture as the shard has
+    them."""
 
     shard: int
     key: str
     text: int
     view: int = 0
     mirrored: bool = False
+    pass_number: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,19 @@ class Shuffle:
     chunks: int = 32
 
 
+@dataclass(frozen=True)
+class ShardPairs:
+    """The pairs of one shard in tar order. (As tuples they take ten times the memory, in every process.)"""
+
+    keys: list[str]
+    texts: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[str, int]]) -> "ShardPairs":
+        """Pack (key, text slot) pairs."""
+        return cls([key for key, _ in pairs], np.array([text for _, text in pairs], np.uint16))
+
+
 class PairTable:
     """Every pair of some shards, in the order (shard, sample, text): the epoch before any shuffling.
 
@@ -49,32 +64,53 @@ class PairTable:
         pairs: for each shard, its (key, text slot) pairs in tar order.
         views: how often each pair is there, its views one after the other.
         sides: 2 where each view is there as it is and mirrored, otherwise 1.
+        passes: how often each side of a view is there, its passes one after the other.
     """
 
-    def __init__(self, pairs: Sequence[Sequence[tuple[str, int]]], views: int = 1, sides: int = 1) -> None:
-        self._pairs, self._views, self._sides = pairs, views, sides
-        self._starts = (
-            views * sides * np.concatenate([[0], np.cumsum([len(shard) for shard in pairs])]).astype(np.int64)
-        )
+    def __init__(
+        self,
+        pairs: Sequence[ShardPairs | Sequence[tuple[str, int]]],
+        views: int = 1,
+        sides: int = 1,
+        passes: int = 1,
+    ) -> None:
+        self._shards = [shard if isinstance(shard, ShardPairs) else ShardPairs.of(shard) for shard in pairs]
+        self._views, self._sides, self._passes = views, sides, passes
+        lengths = np.cumsum([0, *(len(one.keys) for one in self._shards)], dtype=np.int64)
+        self._starts = self.states * lengths
+
+    @property
+    def states(self) -> int:
+        """How many numbers each pair has."""
+        return self._views * self._sides * self._passes
 
     @classmethod
-    def of(cls, shards: Sequence[Shard], views: int = 1) -> "PairTable":
+    def of(cls, shards: Sequence[Shard], views: int = 1, passes: int = 1) -> "PairTable":
         """List the pairs of opened shards."""
-        pairs = [[(sample.key, slot) for sample in shard for slot in range(len(sample.texts))] for shard in shards]
-        return cls(pairs, views)
+        return cls(
+            [
+                ShardPairs.of([(sample.key, slot) for sample in shard for slot in range(len(sample.texts))])
+                for shard in shards
+            ],
+            views,
+            passes=passes,
+        )
 
-    def in_views(self, views: int, sides: int = 1) -> "PairTable":
-        """The same pairs in views: side s of view v of pair n has the number (n * views + v) * sides + s."""
-        return PairTable(self._pairs, views, sides)
+    def in_views(self, views: int, sides: int = 1, passes: int = 1) -> "PairTable":
+        """The same pairs in views: pass p of side s of view v of pair n has the number
+        ((n * views + v) * sides + s) * passes + p."""
+        return PairTable(self._shards, views, sides, passes)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Pair:
         shard = bisect_right(self._starts, number) - 1
-        place, state = divmod(number - int(self._starts[shard]), self._views * self._sides)
+        place, state = divmod(number - int(self._starts[shard]), self.states)
+        state, pass_number = divmod(state, self._passes)
         view, side = divmod(state, self._sides)
-        return Pair(shard, *self._pairs[shard][place], view, bool(side))
+        pairs = self._shards[shard]
+        return Pair(shard, pairs.keys[place], int(pairs.texts[place]), view, bool(side), pass_number)
 
     def batches(self, shard: int, batch_size: int) -> list[list[int]]:
         """Pair numbers of one shard in file order, cut into batches."""
@@ -84,7 +120,7 @@ class PairTable:
     def shuffled(self, shuffle: Shuffle, epoch: int) -> Iterator[Int[np.ndarray, " n"]]:
         """Yield the pair numbers of an epoch, one window at a time."""
         random = np.random.default_rng([shuffle.seed, epoch])
-        order = random.permutation(len(self._pairs))
+        order = random.permutation(len(self._shards))
         for first in range(0, len(order), shuffle.shards):
             chunks = [
                 np.arange(start, min(start + CHUNK_PAIRS, self._starts[shard + 1]))
@@ -97,8 +133,34 @@ class PairTable:
                 yield random.permutation(window)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one rank reads, in `accumulate` micro-batches.
+
+    A batch is cut into `ranks` x `accumulate` runs of neighbours, whose lengths differ by at most one. Which pairs are
+    in a batch, and in which order, does not depend on it.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    accumulate: int = 1
+
+    @property
+    def parts(self) -> range:
+        """Numbers of the rank's micro-batches among all those of a step."""
+        return range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+
+    def cut(self, batch: Sequence[int]) -> list[list[int]]:
+        """The rank's micro-batches of a global batch."""
+        count = self.ranks * self.accumulate
+        return [list(batch[part * len(batch) // count : (part + 1) * len(batch) // count]) for part in self.parts]
+
+
+WHOLE = Share()
+
+
 class BatchOrder:
-    """The batches of a training run as lists of pair numbers, from any step on.
+    """The batches of a training run as lists of pair numbers, from any step on; of each, one rank's micro-batches.
 
     An epoch's last batch is dropped where it is not full, so that every step sees the same number of pairs.
 
@@ -108,6 +170,7 @@ class BatchOrder:
         batch_size: pairs a batch.
         first_step: where to begin.
         last_step: where to end.
+        share: which part of each batch.
         choose: from the pair numbers of a batch and the epoch to what is read of them (their views).
     """
 
@@ -118,6 +181,7 @@ class BatchOrder:
         batch_size: int,
         first_step: int,
         last_step: int,
+        share: Share = WHOLE,
         choose: Callable[[list[int], int], list[int]] = lambda numbers, _epoch: numbers,
     ) -> None:
         self._choose = choose
@@ -126,6 +190,7 @@ class BatchOrder:
         self._batch_size = batch_size
         self._first_step = first_step
         self._last_step = last_step
+        self._share = share
 
     @property
     def batches_an_epoch(self) -> int:
@@ -133,14 +198,14 @@ class BatchOrder:
         return len(self._table) // self._batch_size
 
     def __len__(self) -> int:
-        return self._last_step - self._first_step
+        return (self._last_step - self._first_step) * self._share.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, skip = divmod(self._first_step, self.batches_an_epoch)
         step = self._first_step
         while step < self._last_step:
             for batch in self._epoch(epoch, skip * self._batch_size):
-                yield batch
+                yield from self._share.cut(batch)
                 step += 1
                 if step == self._last_step:
                     return

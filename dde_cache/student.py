@@ -135,11 +135,14 @@ class ImageTower(_Tower):
         self.token_type = nn.Parameter(torch.zeros(2, config.hidden_size))
 
     def forward(
-        self, pixel_values: Float[Tensor, "b c y x"], grid: Int[Tensor, "b 2"], image_slot: int = 0
+        self, pixel_values: Float[Tensor, "b c y x"], grid: Int[Tensor, "b 2"], image_slot: int = 0, padding: int = 0
     ) -> TowerOutput:
-        """Encode pictures, padded at the bottom and right; `grid` holds the patch rows and columns of each."""
+        """Encode pictures, padded at the bottom and right; `grid` holds the patch rows and columns of each.
+
+        `padding` padded tokens come behind those of the batch's largest picture.
+        """
         embeds, mask = embed_patches(
-            self.patch_embeddings.projection, self.cls_token, self.position_embeddings, pixel_values, grid
+            self.patch_embeddings.projection, self.cls_token, self.position_embeddings, pixel_values, grid, padding
         )
         return self.encode(self.dropout(embeds) + self.token_type[image_slot], mask)
 
@@ -191,6 +194,8 @@ class DualEncoder(PreTrainedModel):
         grid: Int[Tensor, "b 2"] | None = None,
         second_pixel_values: Float[Tensor, "b c y x"] | None = None,
         second_grid: Int[Tensor, "b 2"] | None = None,
+        *,
+        image_padding: Sequence[int] = (0, 0),
     ) -> DualEncoderOutput:
         """Encode both sides and answer.
 
@@ -200,6 +205,7 @@ class DualEncoder(PreTrainedModel):
             pixel_values: pictures, padded at the bottom and right.
             grid: patch rows and columns of each picture; without it, every picture fills the whole canvas.
             second_pixel_values, second_grid: the same of the second pictures, for a student of two.
+            image_padding: for each image slot, padded tokens beyond those of the batch's largest picture.
 
         Raises:
             InputError: the student reads another number of pictures.
@@ -208,13 +214,14 @@ class DualEncoder(PreTrainedModel):
         if given != self.config.images:
             raise InputError(f"expected {self.config.images} images a sample for this student, got {given}")
         text = self.text_tower(input_ids, attention_mask)
-        image = self.image_tower(pixel_values, self._grid(pixel_values) if grid is None else grid)
+        grid = self._grid(pixel_values) if grid is None else grid
+        image = self.image_tower(pixel_values, grid, padding=image_padding[0])
         if self.config.head == "similarity":
             return DualEncoderOutput(text=text, image=image, scale=self.logit_scale.exp().clamp(max=LARGEST_SCALE))
         if second_pixel_values is None:
             return DualEncoderOutput(logits=self.answer(text.pooled, image.pooled), text=text, image=image)
         grid = self._grid(second_pixel_values) if second_grid is None else second_grid
-        second = self.image_tower(second_pixel_values, grid, image_slot=1)
+        second = self.image_tower(second_pixel_values, grid, image_slot=1, padding=image_padding[1])
         logits = self.answer(text.pooled, image.pooled, second.pooled)
         return DualEncoderOutput(logits=logits, text=text, image=image, second=second)
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from dde_cache.codec import EncodedAttention
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.layout import HIDDEN_ARRAYS, VIEW_COLUMNS, known_groups
+from dde_cache.partners import cut_partners
 from dde_cache.spec import (
     HIDDEN,
     WHOLE,
@@ -241,11 +242,12 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         prediction_view=columns["view"],
         prediction_pass=columns["pass"],
         further=(_cut_views(unit, place) if "views" in unit.attributes.groups else {})
+        | (cut_partners(unit, place) if unit.has_partners else {})
         | (_cut_hidden(unit, place, spec) if spec.hidden_width is not None else {}),
         whole={name: rows for name, rows in directions.items() if name in ("t2w", "i2w")},
     )
     held = (
-        {"samples", "views"}
+        {"samples", "views", "partners"}
         | ({"maps"} if maps is not None else set())
         | ({"predictions"} if logits is not None else set())
         | ({WHOLE} if spec.has_whole else set())

@@ -36,7 +36,7 @@ class CacheSummary(Model):
     bytes: int
     bytes_a_pair: float
     dense_bytes_a_pair: float = Field(
-        description="dense float16 maps of the valid tokens, layers, heads and views that are kept"
+        description="dense float16 maps of the valid tokens, layers, heads, views and passes that are kept"
     )
     kept_mass: dict[str, KeptMass] = Field(description="by direction; empty where every key is kept, as sqrt8 does")
     text_tokens: tuple[int, int] | None = Field(description="shortest and longest text; null without maps")
@@ -161,7 +161,8 @@ def _distribution(counted: np.ndarray) -> KeptMass:
 
 
 def pair_links(cache: Cache, key: str, text: int = 0, top: int = 3) -> PairLinks:
-    """Find a pair and list its strongest word-to-patch links of the last stored layer, in its first view.
+    """Find a pair and list its strongest word-to-patch links of the last stored layer, in its first view, as the shard
+    has it.
 
     Raises:
         CacheError: the cache has no such key or text.
@@ -185,6 +186,7 @@ def _links(cache: Cache, unit: Unit, key: str, text: int, top: int) -> PairLinks
     sample = unit.keys.index(key)
     layer = cache.spec.layers[-1]
     chosen = (maps.sample == sample) & (maps.text == text) & (maps.layer == layer) & (maps.image == 0)
+    chosen &= maps.passes == 0
     rows = np.flatnonzero(chosen)
     if not len(rows):
         raise CacheError(f"{cache.name}: sample {key!r} has no text {text}")

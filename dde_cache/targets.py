@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, p
 from dde_cache.errors import CacheError, PixelDrift, PixelDriftWarning
 from dde_cache.join import join, units_by_source
 from dde_cache.layout import DIRECTIONS, HIDDEN_ARRAYS
-from dde_cache.lookup import ONLY, OpenUnit, Table, text_number
+from dde_cache.lookup import ONLY, ChunkPlace, Members, OpenUnit, Table, text_number
 from dde_cache.mirror import mirror_maps
-from dde_cache.samples import Sample, Shard
+from dde_cache.partners import Partner
+from dde_cache.samples import Sample, Shard, Text
 from dde_cache.spec import HIDDEN, Rows
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
@@ -29,28 +29,6 @@ Batch = dict[str, Tensor]
 
 Pixels = Literal["every", "spot"]
 """Every sample, or one in a hundred (`views.is_spot_checked`)."""
-
-
-class _Place(NamedTuple):
-    """Where a chunk lies: unit, the kind of its rows (`t2i`, ..., `hidden/text`, `logits`), and its number."""
-
-    unit: str
-    table: str
-    chunk: int
-
-
-@dataclass(frozen=True)
-class _Members:
-    """The pairs of a batch that lie in one chunk of a unit: their numbers in the batch, and their rows in the chunk."""
-
-    unit: str
-    chunk: int
-    numbers: list[int]
-    rows: list[int]
-
-    def place(self, table: str) -> _Place:
-        """The chunk of these rows in one of the tables."""
-        return _Place(self.unit, table, self.chunk)
 
 
 class CacheTargets:
@@ -66,6 +44,7 @@ class CacheTargets:
         padded_queries: whether to read padded query rows, which the cache must then have.
         pixels: of which samples the pixels of a view are compared with what the teacher saw.
         allow_drift: warn about other pixels, once a process, instead of refusing them.
+        passes: numbers of the passes that are read, in `spec.passes`; predictions are those of pass 0.
     """
 
     def __init__(
@@ -80,7 +59,9 @@ class CacheTargets:
         padded_queries: bool = False,
         pixels: Pixels = "spot",
         allow_drift: bool = False,
+        passes: Sequence[int] = (0,),
     ) -> None:
+        self._passes = tuple(passes)
         self._cache, self._layers = cache, (layer,) if isinstance(layer, int) else tuple(layer)
         self._kinds = tuple(rows) if attention else ()
         self._hidden, self._reads_records = hidden, hidden or bool(self._kinds)
@@ -101,12 +82,13 @@ class CacheTargets:
 
     def _start(self) -> None:
         self._units = Recent(self._open_unit, lambda _unit: 1, self._cache.open_units)
-        self._maps: Chunks[_Place, EncodedAttention] = Chunks(self._read_maps, self._rows("record"))
-        self._states: Chunks[_Place, np.ndarray] = Chunks(self._read_states, self._rows("record"))
-        self._logits: Chunks[_Place, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
+        self._maps: Chunks[ChunkPlace, EncodedAttention] = Chunks(self._read_maps, self._rows("record"))
+        self._states: Chunks[ChunkPlace, np.ndarray] = Chunks(self._read_states, self._rows("record"))
+        self._logits: Chunks[ChunkPlace, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
 
     def _open_unit(self, name: str) -> OpenUnit:
-        return OpenUnit.of(self._cache.unit(self._entries[name]), self._layers if self._reads_records else ())
+        layers = self._layers if self._reads_records else ()
+        return OpenUnit.of(self._cache.unit(self._entries[name]), layers, self._passes)
 
     def _home(self, shard: int, key: str) -> str:
         """Name the unit that holds a key: one of those of the shard's file name.
@@ -128,8 +110,7 @@ class CacheTargets:
         Raises:
             CacheError: pictures or texts have changed since the extraction.
         """
-        held = self._units(self._home(shard, sample.key))
-        stored = held.unit.content[held.number(sample.key)].tobytes()
+        held, stored = self._content(shard, sample.key)
         if stored != sample.content_hash():
             raise CacheError(
                 f"sample {sample.key!r} of shard {self._sources[shard]}: its picture or texts are not those that the "
@@ -138,14 +119,51 @@ class CacheTargets:
                 "--out) and extract again from these shards"
             )
 
+    def _content(self, shard: int, key: str) -> tuple[OpenUnit, bytes]:
+        """The unit that knows a sample, and its content: its own, or as the partner of another.
+
+        Raises:
+            CacheError: no unit of the shard's file name knows it.
+        """
+        for name in self._names[shard]:
+            held = self._units(name)
+            if key in held.sample:
+                return held, held.unit.content[held.sample[key]].tobytes()
+        for name in self._names[shard]:
+            held = self._units(name)
+            if key in held.lent:
+                return held, held.lent[key]
+        held = self._units(self._home(shard, key))
+        return held, held.unit.content[held.number(key)].tobytes()
+
+    def partner(self, pair: Pair, _text: Text) -> Partner:
+        """The sample whose picture the teacher saw beside a pair's text.
+
+        Raises:
+            CacheError: the unit does not say.
+        """
+        held = self._units(self._home(pair.shard, pair.key))
+        sample = held.number(pair.key)
+        for number in self._passes:
+            found = held.partner.get((sample, pair.text, pair.view, number))
+            if found is not None:
+                return found
+        raise CacheError(
+            f"{held.unit.path}: expected the partner of text {pair.text} of sample {pair.key!r} in view {pair.view}, "
+            "found none; run `dde-cache verify`"
+        )
+
     def check_pixels(self, shard: int, key: str, view: int, levels: Callable[[], Sequence[np.ndarray]]) -> None:
         """Compare the pixels of a view with what the teacher saw, where its sample is among those that are checked.
 
         Raises:
             PixelDrift: they are others, and that is not allowed.
         """
-        held = self._units(self._home(shard, key))
-        if held.hashes is None or not (self._pixels == "every" or is_spot_checked(key)):
+        if not (self._pixels == "every" or is_spot_checked(key)):
+            return
+        held, _content = self._content(shard, key)
+        # Of a partner that was cut away its content is known, but not its pixels.
+        if held.hashes is None or key not in held.sample:
             return
         try:
             held.hashes.check(held.number(key), key, view, levels())
@@ -156,37 +174,38 @@ class CacheTargets:
                 warnings.warn(str(drift), PixelDriftWarning, stacklevel=2)
             self._warned = True
 
-    def _read_maps(self, place: _Place, allocate: Allocate) -> EncodedAttention:
-        return self._units(place.unit).unit.attention(cast(Rows, place.table), _rows_of(place), allocate)
+    def _read_maps(self, place: ChunkPlace, allocate: Allocate) -> EncodedAttention:
+        return self._units(place.unit).unit.attention(cast(Rows, place.table), place.rows, allocate)
 
-    def _read_states(self, place: _Place, allocate: Allocate) -> np.ndarray:
-        return self._units(place.unit).unit.hidden(place.table.removeprefix(f"{HIDDEN}/"), _rows_of(place), allocate)
+    def _read_states(self, place: ChunkPlace, allocate: Allocate) -> np.ndarray:
+        return self._units(place.unit).unit.hidden(place.table.removeprefix(f"{HIDDEN}/"), place.rows, allocate)
 
-    def _read_logits(self, place: _Place, allocate: Allocate) -> np.ndarray:
-        return self._units(place.unit).unit.logits(_rows_of(place), allocate)
+    def _read_logits(self, place: ChunkPlace, allocate: Allocate) -> np.ndarray:
+        return self._units(place.unit).unit.logits(place.rows, allocate)
 
-    def _rows(self, table: Table) -> Callable[[_Place], int]:
+    def _rows(self, table: Table) -> Callable[[ChunkPlace], int]:
         return lambda place: self._units(place.unit).rows(table, place.chunk)
 
-    def _members(self, pairs: Sequence[Pair], table: Table, layer: int = ONLY, image: int = 0) -> Sequence[_Members]:
+    def _members(self, pairs: Sequence[Pair], table: Table, layer: int = ONLY, image: int = 0) -> Sequence[Members]:
         """Group pairs by the chunk in which their rows of a table lie; of maps, those of one layer and image slot."""
-        members: dict[tuple[str, int], _Members] = {}
-        opened: dict[str, tuple[OpenUnit, Mapping[int, int]]] = {}
+        members: dict[tuple[str, int], Members] = {}
+        opened: dict[str, tuple[OpenUnit, Mapping[tuple[int, int], Mapping[int, int]]]] = {}
         for number, pair in enumerate(pairs):
             name = self._home(pair.shard, pair.key)
             if name not in opened:
                 held = self._units(name)
-                opened[name] = held, getattr(held, table).get(layer, {})
+                opened[name] = held, getattr(held, table)
             unit, rows = opened[name]
-            row = rows.get(text_number(unit.number(pair.key), pair.text, pair.view, image))
+            number_of_text = text_number(unit.number(pair.key), pair.text, pair.view, image)
+            row = rows.get((pair.pass_number, layer), {}).get(number_of_text)
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
-                    f"{pair.key!r} in view {pair.view}, found none"
+                    f"{pair.key!r} in view {pair.view}, pass {pair.pass_number}, found none"
                 )
             place = (name, row // CHUNK_PAIRS)
             if place not in members:
-                members[place] = _Members(*place, [], [])
+                members[place] = Members(*place, [], [])
             members[place].numbers.append(number)
             members[place].rows.append(row % CHUNK_PAIRS)
         return list(members.values())
@@ -195,12 +214,12 @@ class CacheTargets:
         """Read the targets of a batch, still encoded; one row a pair.
 
         Returns:
-            `logits` [b, c] where the cache has predictions; with attention also `token_ids` [b, t] (0 where padded),
-            `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of sparse weights `index`, `weight`
-            [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes of the other direction, without
-            the padded image row; those of rows over the whole sequence as long as the longest of the batch. Hidden
-            states are `hidden/text` [b, t, w] and `hidden/image` [b, v, w]. For the names of other image slots and
-            layers see `slot_name`.
+            `logits` [b, c] where the cache has predictions and all pairs are of pass 0; with attention also
+            `token_ids` [b, t] (0 where padded), `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of
+            sparse weights `index`, `weight` [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes
+            of the other direction, without the padded image row; those of rows over the whole sequence as long as the
+            longest of the batch. Hidden states are `hidden/text` [b, t, w] and `hidden/image` [b, v, w]. For the names
+            of other image slots and layers see `slot_name`.
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
@@ -210,7 +229,7 @@ class CacheTargets:
             # Most of a unit's opening is its hash. What is behind a URL is fetched one by one, when it is opened.
             in_threads(self._cache.check, [self._entries[name] for name in named if name not in self._units])
         batch: dict[str, Tensor] = {}
-        if self._cache.spec.classes is not None:
+        if self._cache.spec.classes is not None and not any(pair.pass_number for pair in pairs):
             batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
         if not self._reads_records:
             return batch
@@ -264,7 +283,7 @@ class CacheTargets:
             }
         return batch
 
-    def _gather_states(self, name: str, members: Sequence[_Members], length: int) -> Float[Tensor, "b n w"]:
+    def _gather_states(self, name: str, members: Sequence[Members], length: int) -> Float[Tensor, "b n w"]:
         """Hidden states of a batch's texts or pictures."""
         wanted = {some.place(f"{HIDDEN}/{name}"): some for some in members}
         pairs = sum(len(some.rows) for some in members)
@@ -279,10 +298,6 @@ class CacheTargets:
 def slot_name(target: str, image: int, layer: int = 0) -> str:
     """The name of a target of an image slot, and of a layer by its number: the first of either has none (`t2i1@1`)."""
     return f"{target}{image or ''}" + (f"@{layer}" if layer else "")
-
-
-def _rows_of(place: _Place) -> slice:
-    return slice(place.chunk * CHUNK_PAIRS, (place.chunk + 1) * CHUNK_PAIRS)
 
 
 def decoded(

@@ -33,13 +33,15 @@ from dde_cache.batches import (
 from dde_cache.errors import InputError, RunError
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.preprocess import Preprocessor
-from dde_cache.runs import FitConfig, open_run
+from dde_cache.ranks import Ranks
+from dde_cache.runs import FitConfig, open_run, with_steps
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import EvaluationReport
-from dde_cache.stream import BatchOrder, PairTable
+from dde_cache.stream import BatchOrder, PairTable, Share
 from dde_cache.student import DualEncoderOutput
 from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import load_weights, read_config, resolve, task_logits
+from dde_cache.terms import Objective, Term
 from dde_cache.vilt import position_deviation
 
 TRAINING = "training"
@@ -66,7 +68,7 @@ class TeachConfig(FitConfig):
 
 @dataclass(frozen=True)
 class TaughtTeacher:
-    """A finished run: how the fit went, and the score on the validation shards where there are some."""
+    """A finished run: how the fit went, and the score on the validation shards where there are some (first rank)."""
 
     fit: FitResult
     score: EvaluationReport | None
@@ -122,15 +124,17 @@ def train_teacher(
         model.vilt.save_pretrained(out)  # type: ignore[operator, union-attr]
         preprocessor.save(out)
 
-    def loader(step: int) -> Iterable[Batch]:
-        order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps)
+    def loader(step: int, share: Share) -> Iterable[Batch]:
+        order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps, share)
         return batch_loader(dataset, order, config.workers)
 
+    ranks = Ranks()
     _check_out(out)
-    open_run(out / TRAINING, config, resume=resume)
+    config = with_steps(config, len(table))
+    ranks.on_first(lambda: open_run(out / TRAINING, config, resume=resume))
     fit = Fit(
         JointClassifier(vilt),
-        lambda model, batch: {"loss": task.hard_loss(_output(model, batch), batch).mean()},
+        _objective(task),
         config,
         out / TRAINING,
         validate=(lambda model: task.score(measure(model))) if valid else None,
@@ -140,9 +144,11 @@ def train_teacher(
     if resume:
         fit.resume()
     result = fit(loader)
-    best = JointClassifier(_family(images).from_pretrained(out))
-    score = task.report(measure(best), valid, labels) if valid else None
-    (out / "README.md").write_text(_card(config, labels, result, score, source, init))
+    score = None
+    if ranks.first:
+        best = JointClassifier(_family(images).from_pretrained(out))
+        score = task.report(measure(best), valid, labels) if valid else None
+        (out / "README.md").write_text(_card(config, labels, result, score, source, init))
     return TaughtTeacher(result, score)
 
 
@@ -167,6 +173,18 @@ class JointClassifier(nn.Module):
 def _output(model: nn.Module, batch: Batch) -> DualEncoderOutput:
     """A teacher's logits as tasks read them."""
     return DualEncoderOutput(logits=model(batch))
+
+
+def _objective(task: Task) -> Objective[DualEncoderOutput]:
+    """The task's hard loss alone."""
+    return Objective(
+        lambda model, batch, _sizes: _output(model, batch),
+        {
+            "hard": Term(
+                1.0, lambda batch, _sizes: task.hard_rows(batch), lambda output, batch, _: task.hard_sum(output, batch)
+            )
+        },
+    )
 
 
 def _answers(shards: Sequence[Shard], task: Task, name: str) -> list[str]:

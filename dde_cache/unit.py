@@ -177,19 +177,31 @@ class Unit:
         Raises:
             CacheError: the offsets do not cut the bytes, or a key is no UTF-8 or has control characters.
         """
-        offsets = self.array("samples/key_offsets")
-        content = self.array("samples/key_bytes")
+        return self._keys_of("samples")
+
+    @cached_property
+    def partner_keys(self) -> list[str]:
+        """Key of the sample whose picture each row of `partners` has.
+
+        Raises:
+            CacheError: as for `keys`.
+        """
+        return self._keys_of("partners")
+
+    def _keys_of(self, group: str) -> list[str]:
+        offsets = self.array(f"{group}/key_offsets")
+        content = self.array(f"{group}/key_bytes")
         text = content.tobytes()
         # Every offset is compared as it is stored; a difference of unsigned numbers would wrap.
         if offsets[0] != 0 or offsets[-1] != len(text) or (offsets[1:] <= offsets[:-1]).any():
-            raise self._damaged("samples/key_offsets", "expected offsets that rise from 0 to the number of bytes")
+            raise self._damaged(f"{group}/key_offsets", "expected offsets that rise from 0 to the number of bytes")
         if ((content < 32) | (content == 127)).any():
-            raise self._damaged("samples/key_bytes", "expected keys without control characters")
+            raise self._damaged(f"{group}/key_bytes", "expected keys without control characters")
         places = offsets.tolist()
         try:
             return [text[start:stop].decode() for start, stop in itertools.pairwise(places)]
         except UnicodeDecodeError as error:
-            raise self._damaged("samples/key_bytes", error) from error
+            raise self._damaged(f"{group}/key_bytes", error) from error
 
     @cached_property
     def content(self) -> np.ndarray:
@@ -245,6 +257,11 @@ class Unit:
     def has_pixel_hashes(self) -> bool:
         """Whether there is a hash of the pixels of each view."""
         return "views" in self.attributes.groups
+
+    @property
+    def has_partners(self) -> bool:
+        """Whether it says whose pictures a pass exchanged."""
+        return "partners" in self.attributes.groups
 
     def attention(
         self, direction: Rows, rows: slice = slice(None), allocate: Allocate | None = None

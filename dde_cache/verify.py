@@ -1,7 +1,7 @@
 """Recipe: judge a cache. Everything that is wrong is found in one go, grouped, and counted."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from dde_cache.assets import ASSETS, asset_problems, is_plain_file
 from dde_cache.audit import KINDS, Kind, Problem, audit
 from dde_cache.card import card_problem
 from dde_cache.errors import CacheError, InputError
+from dde_cache.partners import read_partners
 from dde_cache.recompute import Recomputed, recompute
 from dde_cache.samples import Shard
 from dde_cache.spec import Manifest, Model, UnitEntry, indented_json, parse_json
@@ -302,6 +303,7 @@ def compare_shards(folder: Path, manifest: Manifest, shards: Sequence[Shard]) ->
                     yield Problem("content", f"{entry.name}: {key!r} of shard {owner[key].name} has other content")
                 elif len(sample.texts) != texts[number]:
                     yield Problem("shards", f"{entry.name}: {key!r}: {texts[number]} of {len(sample.texts)} texts")
+            yield from _compare_partners(unit, entry.name, owner)
         except CacheError:
             continue
         finally:
@@ -309,6 +311,16 @@ def compare_shards(folder: Path, manifest: Manifest, shards: Sequence[Shard]) ->
     missing = [key for key in owner if key not in seen]
     if missing:
         yield Problem("shards", f"{missing[0]!r} of shard {owner[missing[0]].name} has no targets", len(missing))
+
+
+def _compare_partners(unit: Unit, name: str, owner: Mapping[str, Shard]) -> Iterator[Problem]:
+    """Compare the samples whose pictures a pass shows with shards."""
+    partners = set(read_partners(unit).values()) if unit.has_partners else set()
+    for one in sorted(partners, key=lambda one: one.key):
+        if one.key not in owner:
+            yield Problem("shards", f"{name}: {one.key!r}, whose picture a pass shows, is in no shard")
+        elif owner[one.key].read(one.key).content_hash() != one.content:
+            yield Problem("content", f"{name}: {one.key!r}, whose picture a pass shows, has other content")
 
 
 def _texts(unit: Unit) -> np.ndarray:

@@ -115,7 +115,7 @@ class ViewRecipe:
             view: number of the view.
             slot: which picture of the sample.
         """
-        draw = _draws(f"{self}\n{key}\n{view}\n{slot}")
+        draw = draws(f"{self}\n{key}\n{view}\n{slot}")
         if self.crop:
             image = _crop(image, next(draw), next(draw), next(draw))
         if not self.sides and next(draw) < 0.5:
@@ -170,7 +170,7 @@ def recipe_name(recipe: ViewRecipe | None) -> str:
     return AS_PROCESSED if recipe is None else str(recipe)
 
 
-def _draws(seed: str) -> Iterator[float]:
+def draws(seed: str) -> Iterator[float]:
     """Random numbers from 0 to below 1, of 53 bits each: SHA-256 of the seed and a counter."""
     number = 0
     while True:

@@ -22,9 +22,10 @@ from PIL import Image
 from dde_cache.batches import PairDataset
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.images import EncodedImage
-from dde_cache.samples import Sample, Text, open_shards, write_shards
+from dde_cache.samples import Sample, Text, open_shards
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
+from dde_cache.write_shards import write_shards
 
 # As in the program, where the environment says so before the import.
 transformers.utils.logging.disable_progress_bar()

@@ -12,11 +12,12 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
     "errors", "spec", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images", "tars", "samples",
-    "stream", "chunks", "layout", "arrays", "unit", "audit", "preprocess", "views", "drift", "assets", "manifest",
-    "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share", "staging", "subset",
-    "merge", "vilt", "teacher", "student", "losses", "join", "lookup", "targets", "batches", "records", "scores",
-    "tasks", "runs", "replay", "interrupt", "fit", "distill", "presets", "teach", "identity", "plan", "extract",
-    "recompute", "verify", "repair", "summary", "importers", "train", "evaluate", "demo",
+    "write_shards", "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views", "passes", "partners",
+    "audit", "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub",
+    "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student", "losses", "join", "lookup",
+    "targets", "agreement", "batches", "terms", "encoder", "records", "scores", "tasks", "runs", "replay", "interrupt",
+    "ranks", "fit", "distill", "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "repair",
+    "summary", "importers", "prepare", "train", "evaluate", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
@@ -88,16 +89,17 @@ def users_of(matches):
 def test_who_knows_what():
     assert users_of(lambda name: name.split(".")[0] in ("webdataset", "tarfile", "braceexpand")) <= {
         "samples.py",
+        "write_shards.py",
         "tars.py",
         "nlvr.py",  # reads the official tar of a data set; no shards
         "official.py",  # pictures of data sets in a tar
     }
     vilt = {"teacher.py", "vilt.py", "student.py", "teach.py", "preprocess.py"}
-    shape_alone = {"distill.py", "train.py"}
+    shape_alone = {"distill.py", "prepare.py", "train.py"}
     assert users_of(lambda name: "transformers" in name and "vilt" in name.lower()) <= vilt | shape_alone
     assert users_of(lambda name: name.startswith("transformers.Vilt") and name != "transformers.ViltConfig") <= vilt
     assert users_of(lambda name: name.split(".")[0] == "zarr") <= {"arrays.py"}
-    assert users_of(lambda name: name.split(".")[0] == "accelerate") <= {"fit.py"}
+    assert users_of(lambda name: name.split(".")[0] == "accelerate") <= {"fit.py", "ranks.py"}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))

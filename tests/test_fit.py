@@ -1,6 +1,7 @@
 """A resumed run is an uninterrupted one, bit for bit; the best checkpoint is the best."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dde_cache.errors import RunError
 from dde_cache.fit import Fit, Progress, rate_at
 from dde_cache.runs import FitConfig, open_run
 from dde_cache.tasks import SingleLabel
+from dde_cache.terms import Objective, Term
 from dde_cache.train import train
 
 STEPS = 9  # three batches an epoch: steps 4 and 8 are inside one
@@ -143,13 +145,20 @@ class Line(torch.nn.Module):
         return self.head(self.body(batch["x"]))
 
 
-def fit(run, loss=lambda model, batch: {"loss": model(batch).square().mean()}, **changes):
+SQUARE = Term(1.0, lambda batch, sizes: len(batch["x"]), lambda output, batch, sizes: output.square().sum())
+
+
+def line(term=SQUARE):
+    return Objective(lambda model, batch, sizes: model(batch), {"square": term})
+
+
+def fit(run, objective=None, **changes):
     torch.manual_seed(0)
     plain = {"steps": 10, "log_every": 1, "warmup": 0.2, "learning_rate": 0.1}
-    return Fit(Line(), loss, FitConfig(**(plain | changes)), run, save_best=lambda model: None)
+    return Fit(Line(), objective or line(), FitConfig(**(plain | changes)), run, save_best=lambda model: None)
 
 
-def batches(step):
+def batches(step, share):
     while True:
         yield {"x": torch.full((2, 3), float(step))}
 
@@ -180,11 +189,9 @@ def test_biases_and_norms_do_not_decay(tmp_path):
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
-    def broken(model, batch):
-        return {"loss": model(batch).square().mean() * float("nan")}
-
+    broken = replace(SQUARE, total=lambda output, batch, sizes: output.sum() * float("nan"))
     with pytest.raises(RunError, match=r"step 1: expected finite losses.*lower the learning rate"):
-        fit(tmp_path, broken)(batches)
+        fit(tmp_path, line(broken))(batches)
 
 
 def test_a_precision_that_the_device_lacks(tmp_path):

@@ -118,7 +118,7 @@ def test_training_mirrors_every_other_picture_with_its_maps(teacher, shards, tea
     options = {"recipe": parse_recipe(cache.spec.view)}
     dataset = PairDataset(shards, expanded, cache.preprocessor(), cache.labels, reader, **options)
     sides = []
-    for step, numbers in enumerate(order_in_views(table, views, config, 0, 6, 2)):
+    for step, numbers in enumerate(order_in_views(table, views, config, 0, 6, sides=2)):
         batch = dataset.__getitems__(numbers)
         pairs = [expanded[number] for number in numbers]
         plain = PairDataset(shards, table.in_views(views), cache.preprocessor(), cache.labels, **options).__getitems__(

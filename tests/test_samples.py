@@ -19,9 +19,9 @@ from dde_cache.samples import (
     open_shards,
     read_index,
     shard_paths,
-    write_shards,
 )
 from dde_cache.tars import list_members
+from dde_cache.write_shards import write_shards
 
 
 def png(colour=(200, 10, 10), size=(4, 3), **saved):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline import make_samples, make_shards
 
 from dde_cache.errors import InputError
-from dde_cache.losses import answer_bce, contrastive_loss
+from dde_cache.losses import contrastive_sum
 from dde_cache.samples import Sample, Text
 from dde_cache.scores import Baselines, Predictions
 from dde_cache.student import DualEncoder, DualEncoderOutput, Head, TowerOutput, new_student
@@ -36,14 +36,16 @@ def test_every_task_keeps_the_contract(name):
     if task.soft:
         # A teacher that agrees is the smallest loss: its gradient is 0 there.
         student = logits.clone().requires_grad_()
-        task.soft_loss(student, logits).mean().backward()
+        task.soft_sum(student, logits).backward()
         assert student.grad.abs().max() < 1e-6
     if task.head == "classes":
         right = torch.tensor([[9.0, -9.0], [-9.0, 9.0], [0.0, 0.0]])
-        assert task.hard_loss(DualEncoderOutput(logits=right), targets).mean() < 1e-3
-        assert task.hard_loss(DualEncoderOutput(logits=-right), targets).mean() > 1
+        assert task.hard_rows(targets) == 2
+        assert task.hard_sum(DualEncoderOutput(logits=right), targets) < 1e-3
+        assert task.hard_sum(DualEncoderOutput(logits=-right), targets) > 1
         none = task.targets([Text(text="c")] * 2, {"no": 0, "yes": 1})
-        assert task.hard_loss(DualEncoderOutput(logits=right[:2]), none).mean() == 0, "nothing is labelled"
+        assert task.hard_rows(none) == 0, "nothing is labelled"
+        assert task.hard_sum(DualEncoderOutput(logits=right[:2]), none) == 0
 
 
 def test_tasks_by_name():
@@ -133,11 +135,12 @@ def test_binary_cross_entropy_times_the_number_of_answers():
     p, q = 1 / (1 + np.exp(-student)), 1 / (1 + np.exp(-teacher))
     expected = -(q * np.log(p) + (1 - q) * np.log(1 - p)).mean() * 7
     student, teacher = torch.from_numpy(student).float(), torch.from_numpy(teacher).float()
-    assert float(load_task("vqa").soft_loss(student, teacher).mean()) == pytest.approx(expected, rel=1e-5)
-    known = torch.tensor([True, False, True, False, False])
-    term = answer_bce(student, teacher.sigmoid(), known)
-    rows = -(q * np.log(p) + (1 - q) * np.log(1 - p)).sum(-1)
-    assert float(term.mean()) == pytest.approx(rows[[0, 2]].mean(), rel=1e-5)
+    assert float(load_task("vqa").soft_sum(student, teacher)) == pytest.approx(5 * expected, rel=1e-5)
+    scores = torch.tensor([[0.0] * 7, [0.3, 0.6] + [0.0] * 5, [0.0] * 7, [1.0] * 7, [0.0] * 7])
+    batch, rows = {"scores": scores}, -(scores.numpy() * np.log(p) + (1 - scores.numpy()) * np.log(1 - p)).sum(-1)
+    assert load_task("vqa").hard_rows(batch) == 2, "questions with no answer in the vocabulary are left out"
+    hard = load_task("vqa").hard_sum(DualEncoderOutput(logits=student), batch)
+    assert float(hard) == pytest.approx(float(rows[[1, 3]].sum()), rel=1e-5)
 
 
 def labelled(tmp_path, texts, per_sample=2):
@@ -266,10 +269,10 @@ def test_contrastive_loss_leaves_out_the_captions_of_the_same_picture():
             kept = [other for other in range(4) if other == row or sample[other] != sample[row]]
             losses.append(math.log(sum(math.exp(table[row, other]) for other in kept)) - table[row, row])
     tensors = [torch.from_numpy(one) for one in (text, image)]
-    term = contrastive_loss(*tensors, torch.tensor(2.5), torch.from_numpy(sample))
-    assert float(term.mean()) == pytest.approx(sum(losses) / 8, rel=1e-5)
-    alone = contrastive_loss(*(one[:1] for one in tensors), torch.tensor(2.5), torch.from_numpy(sample[:1]))
-    assert float(alone.mean()) == pytest.approx(0, abs=1e-6)
+    total = contrastive_sum(*tensors, torch.tensor(2.5), torch.from_numpy(sample))
+    assert float(total) == pytest.approx(sum(losses) / 2, rel=1e-5)
+    alone = contrastive_sum(*(one[:1] for one in tensors), torch.tensor(2.5), torch.from_numpy(sample[:1]))
+    assert float(alone) == pytest.approx(0, abs=1e-6)
 
 
 def test_retrieval_trains_its_temperature_and_keeps_it(tmp_path):
@@ -284,5 +287,5 @@ def test_retrieval_trains_its_temperature_and_keeps_it(tmp_path):
     assert again.config.task == "retrieval"
     side = TowerOutput(torch.randn(3, 24), torch.ones(3, 2, dtype=torch.bool), None)
     output = DualEncoderOutput(text=side, image=side, scale=student.logit_scale.exp())
-    load_task("retrieval").hard_loss(output, {"sample": torch.arange(3)}).mean().backward()
+    load_task("retrieval").hard_sum(output, {"sample": torch.arange(3)}).backward()
     assert student.logit_scale.grad.abs() > 0

@@ -20,13 +20,14 @@ from dde_cache.distill import (
 )
 from dde_cache.errors import CacheError, DdeCacheError, InputError, RunError, TeacherError
 from dde_cache.losses import dense_kl, log_attention, soft_label_loss
+from dde_cache.prepare import labels_only
 from dde_cache.preprocess import TokenBatch
 from dde_cache.presets import PRESETS, lacking_of_preset
 from dde_cache.store import Cache
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import labels_only, train
+from dde_cache.train import train
 from dde_cache.vilt import capture_query_key
 
 LAYER = 2

@@ -26,9 +26,8 @@ from dde_cache.samples import (
     Text,
     check_key,
     read_index,
-    write_index,
-    write_shards,
 )
+from dde_cache.write_shards import write_index, write_shards
 
 LEFT_OUT_NAME = "left-out.jsonl"
 _OURS = re.compile(r"\d{6,}\.tar|shards\.json|left-out\.jsonl")

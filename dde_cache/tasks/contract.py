@@ -4,13 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dde_cache.batches import Batch, PairDataset, class_numbers
+from dde_cache.batches import NO_LABEL, Batch, PairDataset, class_numbers
 from dde_cache.errors import InputError
-from dde_cache.losses import Term, soft_label_loss
+from dde_cache.losses import label_sum, soft_label_sum
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import Baselines, EvaluationReport, Predictions, accuracy, predict, report
 from dde_cache.student import DualEncoderOutput
@@ -55,15 +54,23 @@ class Task(ABC):
 
     @abstractmethod
     def targets(self, texts: Sequence[Text], classes: Mapping[str, int]) -> Batch:
-        """Tensors of the labels of a batch, one row a text, for `hard_loss`; `classes` numbers the answers."""
+        """Tensors of the labels of a batch, one row a text, for `hard_sum`; `classes` numbers the answers."""
 
     @abstractmethod
-    def soft_loss(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Term:
-        """Compare logits with the teacher's."""
+    def soft_sum(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+        """Compare logits with the teacher's: a sum over pairs, whose mean over all pairs of a batch is the loss."""
 
     @abstractmethod
-    def hard_loss(self, output: DualEncoderOutput, batch: Batch) -> Term:
-        """Compare a student's output with the labels, as `targets` put them into the batch."""
+    def hard_rows(self, batch: Batch) -> float:
+        """What the sum of the hard loss is divided by: a number of rows, or the sum of their weights.
+
+        It is a function of the batch alone: a batch may be spread over ranks and micro-batches, whose sums and rows add
+        up before the one is divided by the other.
+        """
+
+    @abstractmethod
+    def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
+        """Compare a student's output with the labels, as `targets` put them into the batch: a sum over rows."""
 
     def predict(
         self,
@@ -99,16 +106,17 @@ class SingleLabel(Task):
         """`label` [b]: class numbers."""
         return class_numbers(texts, classes)
 
-    def soft_loss(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Term:
-        """KL(teacher || student) over classes at temperature 1, counted by pairs."""
-        count = torch.tensor(float(len(student)), device=student.device)
-        return Term(soft_label_loss(student, teacher) * count, count)
+    def soft_sum(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
+        """KL(teacher || student) over classes at temperature 1."""
+        return soft_label_sum(student, teacher)
 
-    def hard_loss(self, output: DualEncoderOutput, batch: Batch) -> Term:
-        """Cross-entropy, counted by labelled pairs."""
-        logits, label = output.logits.float(), batch["label"]
-        total = torch.nn.functional.cross_entropy(logits, label, reduction="sum", ignore_index=-100)
-        return Term(total, (label >= 0).sum())
+    def hard_rows(self, batch: Batch) -> float:
+        """Labelled pairs."""
+        return int((batch["label"] != NO_LABEL).sum())
+
+    def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
+        """Cross-entropy of the labelled pairs."""
+        return label_sum(output.logits, batch["label"])
 
     def score(self, predictions: Predictions) -> float:
         """Share of labelled pairs whose largest logit is the label."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dde_cache.batches import Batch, PairDataset, batch_loader, class_numbers
 from dde_cache.errors import InputError
-from dde_cache.losses import Term, contrastive_loss
+from dde_cache.losses import contrastive_sum
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import OTHER_KIND, Baselines, EvaluationReport, Score, texts_of
 from dde_cache.student import DualEncoderOutput
@@ -52,7 +52,7 @@ class Retrieval(Task):
         """`label` [b], which nothing reads: what belongs together is in `sample`."""
         return class_numbers(texts, classes)
 
-    def soft_loss(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Term:
+    def soft_sum(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
         """There is none.
 
         Raises:
@@ -60,9 +60,13 @@ class Retrieval(Task):
         """
         raise InputError("retrieval has no soft labels; train with --set soft_weight=0")
 
-    def hard_loss(self, output: DualEncoderOutput, batch: Batch) -> Term:
+    def hard_rows(self, batch: Batch) -> float:
+        """Pairs."""
+        return len(batch["sample"])
+
+    def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
         """Contrast the texts and pictures of the batch."""
-        return contrastive_loss(output.text.pooled, output.image.pooled, output.scale, batch["sample"])
+        return contrastive_sum(output.text.pooled, output.image.pooled, output.scale, batch["sample"])
 
     def predict(
         self,

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dde_cache.batches import Batch, class_numbers
 from dde_cache.errors import InputError
-from dde_cache.losses import Term, answer_bce
+from dde_cache.losses import answer_bce_sum
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import OTHER_KIND, Baselines, EvaluationReport, Predictions, Score, texts_of
 from dde_cache.student import DualEncoderOutput
@@ -134,16 +134,18 @@ class Vqa(Task):
         answered = torch.tensor([bool(text.answers) or text.label is not None for text in texts])
         return {"scores": scores, "answered": answered, **class_numbers(texts, classes)}
 
-    def soft_loss(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Term:
+    def soft_sum(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
         """Binary cross-entropy against sigmoid(teacher), times the number of answers (DiDE, VQAv2)."""
-        return answer_bce(student, teacher.float().sigmoid())
+        return answer_bce_sum(student, teacher.float().sigmoid())
 
-    def hard_loss(self, output: DualEncoderOutput, batch: Batch) -> Term:
-        """Binary cross-entropy against the soft scores, times the number of answers.
+    def hard_rows(self, batch: Batch) -> float:
+        """Questions that have an answer in the vocabulary; the others are left out, as ViLT leaves them out."""
+        return int(_answered(batch).sum())
 
-        Questions of whose answers none is in the vocabulary are left out, as ViLT leaves them out.
-        """
-        return answer_bce(output.logits, batch["scores"], batch["scores"].sum(-1) > 0)
+    def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
+        """Binary cross-entropy against the soft scores, times the number of answers."""
+        known = _answered(batch)
+        return answer_bce_sum(output.logits[known], batch["scores"][known])
 
     def score(self, predictions: Predictions) -> float:
         """Mean soft score of the chosen answers, as ViLT validates; questions without known answers count as 0.
@@ -192,3 +194,7 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> Score:
     names = {name for row in rows for name in row}
     held = {name: [row[name] for row in rows if name in row] for name in names}
     return Score(pairs=len(rows), **{name: sum(values) / len(values) for name, values in held.items()})
+
+
+def _answered(batch: Batch) -> Bool[Tensor, " b"]:
+    return batch["scores"].sum(-1) > 0

@@ -1,0 +1,173 @@
+"""What a training needs of shards, targets and task, refused where they do not fit before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import ViltConfig
+
+from dde_cache.batches import check_labels
+from dde_cache.distill import CachedTargets, LabelsOnly, OnlineTargets, Targets, TrainConfig, images_of
+from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
+from dde_cache.join import join
+from dde_cache.preprocess import Preprocessor
+from dde_cache.samples import Shard
+from dde_cache.store import MANIFEST, Cache
+from dde_cache.stream import PairTable
+from dde_cache.student import DualEncoder
+from dde_cache.targets import CacheTargets
+from dde_cache.tasks import Task
+from dde_cache.teacher import read_config, resolve
+from dde_cache.views import ViewRecipe, parse_recipe
+
+
+def labels_only(like: str | Cache) -> LabelsOnly:
+    """Take processor, answers and tower shape from a cache or from a teacher, whose weights are not opened.
+
+    Raises:
+        CacheError, TeacherError: `like` is neither.
+    """
+    if isinstance(like, Cache) or (Path(like) / MANIFEST).is_file():
+        cache = like if isinstance(like, Cache) else Cache(Path(like))
+        tower, labels, preprocessor = tower_of(cache), cache.labels, cache.preprocessor()
+    else:
+        tower = read_config(resolve(like))
+        # What has no task head has the library's LABEL_0 and LABEL_1 for answers; only retrieval takes it.
+        labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
+        preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
+    return LabelsOnly(preprocessor, tower, labels or ())
+
+
+def tower_of(cache: Cache) -> ViltConfig:
+    """The shape of the teacher's towers, which a new student takes over.
+
+    Raises:
+        CacheError: the configuration in the cache's assets is none that the model library takes.
+    """
+    try:
+        return ViltConfig.from_dict(dict(cache.teacher_config))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first}") from error
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run needs, whatever its targets come from."""
+
+    preprocessor: Preprocessor
+    tower: ViltConfig
+    labels: tuple[str, ...]
+    table: PairTable
+    reader: CacheTargets | None
+    mean_heads: bool
+    recipe: ViewRecipe | None = None
+    views: int = 1
+    images: int = 1
+
+
+def plan_training(
+    shards: Sequence[Shard], valid: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task
+) -> TrainingPlan:
+    """Settle what to read, and refuse what the data or the targets do not have.
+
+    Raises:
+        CacheError: the cache lacks rows, layers, logits or samples that the configuration asks for.
+        TeacherError: the teacher has no task head.
+        InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
+            of a recipe that this version does not know, or labels or pictures are not what was expected.
+    """
+    if config.remap_flips and not isinstance(targets, CachedTargets):
+        raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
+    plan = replace(_plan(shards, targets, config, task), images=_count_pictures(shards, valid, task, targets))
+    if config.remap_flips and plan.images > 1:
+        raise InputError("expected remap_flips with samples of one image, got two; leave it out")
+    for name, some in (("training shards", shards), ("validation shards", valid)):
+        if task.closed:
+            check_labels(some, plan.labels, name)
+    return plan
+
+
+def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task) -> TrainingPlan:
+    """What is read, from where the targets come from."""
+    if isinstance(targets, LabelsOnly):
+        labels = _answers(targets.labels, task)
+        return TrainingPlan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False)
+    if config.soft_weight and not task.soft:
+        raise InputError(f"task {config.task} has no soft labels; train with --set soft_weight=0")
+    if isinstance(targets, OnlineTargets):
+        teacher = targets.teacher
+        labels = _answers(teacher.labels, task)
+        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, False)
+    cache, spec = targets.cache, targets.cache.spec
+    lacking = []
+    layer = config.layer if config.layer is not None else spec.layers[-1] if spec.layers else 0
+    if config.attention_weight and not spec.layers:
+        lacking.append("attention maps: it keeps predictions alone; train with --set attention_weight=0")
+    elif config.attention_weight and len(spec.directions) < 2:
+        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
+    elif config.attention_weight and layer not in spec.layers:
+        lacking.append(f"layer {layer}: it has {list(spec.layers)}")
+    if config.attention_weight and config.queries == "all" and spec.queries != "all":
+        lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
+    if config.soft_weight and spec.classes is None:
+        lacking.append("logits: its teacher has no task head, or they were cut away; train with --set soft_weight=0")
+    if cache.labels is None and task.head == "classes":
+        lacking.append("the answers that the student's head should have")
+    if lacking:
+        raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
+    recipe = parse_recipe(spec.view)
+    reader = None
+    table = join(shards, cache, targets.on_missing).table
+    if config.attention_weight or config.soft_weight:
+        every, drift = config.queries == "all", targets.allow_pixel_drift
+        reader = CacheTargets(
+            cache, shards, layer, attention=config.attention_weight > 0, padded_queries=every, allow_drift=drift
+        )
+    tower, mean_heads, labels = tower_of(cache), spec.heads == "mean", _answers(cache.labels, task)
+    return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
+
+
+def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
+    """The answers that a student's head has: the teacher's, or none where the task has no classifier.
+
+    Raises:
+        InputError: the teacher's are not the task's.
+        TeacherError: it has none.
+    """
+    if task.head == "similarity":
+        return ()
+    if not labels:
+        raise TeacherError("expected a teacher with a task head, whose answers the student learns")
+    task.check_answers(labels)
+    return tuple(labels)
+
+
+def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task, targets: Targets) -> int:
+    """How many images a sample has.
+
+    Raises:
+        InputError: the shards differ, or have another number than the task or the teacher.
+    """
+    expected = task.images or images_of(targets)
+    for shard in (*shards, *valid):
+        found = len(shard.read(shard.keys[0]).images)
+        expected = expected or found
+        if found != expected:
+            raise InputError(
+                f"{shard.path}: expected samples with {expected} image{'s' if expected > 1 else ''} for this task and "
+                f"teacher, got {found}"
+            )
+    return expected or 1
+
+
+def check_heads(student: DualEncoder, targets: Targets, plan: TrainingPlan) -> None:
+    """Refuse towers whose heads cannot be compared with the teacher's one by one."""
+    have = student.config.vilt().num_attention_heads
+    cached = isinstance(targets, CachedTargets)
+    want = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
+    if not plan.mean_heads and have != want:
+        raise TeacherError(
+            f"expected a student with the teacher's {want} attention heads, got {have}; extract with --heads mean to "
+            "compare their averages"
+        )
