@@ -54,6 +54,12 @@ def query_rows(attention: Attention, position: Int[Tensor, "b n"]) -> Attention:
     return attention.gather(2, position[:, None, :, None].expand(-1, heads, -1, keys))
 
 
+def mean_over_heads(attention: Attention, keys: int) -> Float[Tensor, "b 1 q k"]:
+    """The mean of the heads' rows on an axis of `keys` positions; of sparse rows every key must have been kept."""
+    rows = densify(attention, keys) if isinstance(attention, SparseAttention) else attention
+    return rows.mean(1, keepdim=True)
+
+
 def attention_logits(
     query: Float[Tensor, "b h q d"], key: Float[Tensor, "b h k d"], scale: float
 ) -> Float[Tensor, "b h q k"]:

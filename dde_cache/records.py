@@ -163,13 +163,20 @@ def assemble(
     )
 
 
+def _to_length(states: Tensor, length: int) -> Tensor:
+    """Cut or pad the tokens of hidden states; what is cut is padding."""
+    return nn.functional.pad(states[:, :length], (0, 0, 0, max(length - states.shape[1], 0)))
+
+
 def _hidden_arrays(records: Sequence[Records], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Batches of (image slot, layer) hidden states -> the arrays of the group, those of a pair together."""
     arrays = {}
     for name, length in lengths.items():
-        batches = [torch.stack([getattr(one, name) for one in batch.hidden], dim=1).flatten(0, 1) for batch in records]
-        cut = [nn.functional.pad(one[:, :length], (0, 0, 0, max(length - one.shape[1], 0))) for one in batches]
-        arrays[f"{HIDDEN}/{name}"] = torch.cat(cut).numpy()
+        batches = [
+            torch.stack([_to_length(getattr(one, name), length) for one in batch.hidden], dim=1).flatten(0, 1)
+            for batch in records
+        ]
+        arrays[f"{HIDDEN}/{name}"] = torch.cat(batches).numpy()
     return arrays
 
 

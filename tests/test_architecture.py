@@ -16,8 +16,8 @@ ORDER = (
     "audit", "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub",
     "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student", "losses", "join", "lookup",
     "targets", "agreement", "batches", "terms", "encoder", "records", "scores", "tasks", "runs", "replay", "interrupt",
-    "ranks", "fit", "distill", "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "repair",
-    "summary", "importers", "prepare", "train", "evaluate", "demo",
+    "ranks", "fit", "choices", "distill", "presets", "teach", "identity", "plan", "extract", "recompute", "verify",
+    "repair", "summary", "importers", "prepare", "train", "evaluate", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
