@@ -4,23 +4,34 @@ The oracle takes one pair at a time, cuts its tensors to the valid tokens, and k
 tables: softmax, logarithm, sum. Its targets are read record by record from the units.
 """
 
+import json
 import math
+import re
+import shlex
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TEXTS, picture, randomise
-from pipeline import all_pairs, make_cache, make_shards, png, whole_batch
+from pipeline import all_pairs, cli, make_cache, make_shards, png, tree, whole_batch
+from safetensors.torch import load_file
 from test_ranks import global_loss
 from test_train import losses_and_gradients
 from transformers import ViltForImagesAndTextClassification
 
 from dde_cache.codec import decode, dense_rows
 from dde_cache.distill import PROJECTIONS, CachedTargets, OnlineTargets, StudentLosses, TrainConfig, layers_of
+from dde_cache.errors import CacheError, InputError, TeacherError
+from dde_cache.fit import Progress
 from dde_cache.prepare import fit_student, plan_training
+from dde_cache.presets import ABLATIONS, task_settings
 from dde_cache.samples import Sample, Text
-from dde_cache.student import Head, new_student
+from dde_cache.student import DualEncoder, Head, new_student
 from dde_cache.tasks import load_task
 from dde_cache.teacher import FusionTeacher
+from dde_cache.train import train
 
 STORED = (0, 1, 2)
 CODECS = {
@@ -308,3 +319,180 @@ def test_every_choice_with_two_pictures(two, choice):
     assert found[0].keys() == found[1].keys()
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=bound, atol=1e-5, msg=name)
+
+
+# --- runs
+
+
+QUICK = {"steps": 4, "batch_size": 6, "workers": 0, "log_every": 1, "save_every": 2}
+
+
+def trained(shards, targets, out, **settings):
+    return train(shards, targets, out, TrainConfig(**(QUICK | settings)))
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out):
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in metrics_of(out)]
+
+
+@pytest.mark.parametrize("choice", ["layer-wise", "whole, layer map", "hidden and attention, layer map"])
+def test_a_run_from_the_cache_is_a_run_with_the_teacher(shards, caches, teacher, tmp_path, choice):
+    trained(shards, CachedTargets(caches["exact"]), tmp_path / "cached", **CHOICES[choice])
+    trained(shards, OnlineTargets(teacher, STORED[-1]), tmp_path / "online", **CHOICES[choice])
+    cached, online = losses_of(tmp_path / "cached"), losses_of(tmp_path / "online")
+    assert len(cached) == 4
+    for one, other in zip(cached, online, strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
+    first = {"layer-wise": "t2i@0:0", "whole, layer map": "t2w@1:2", "hidden and attention, layer map": "hidden@1:0"}
+    assert first[choice] in cached[0]
+
+
+def test_hidden_states_resume_and_are_not_exported(shards, caches, tmp_path):
+    """The projections are part of a checkpoint: the curve goes on to the last bit. The student has none of them."""
+    settings = {**CHOICES["hidden and attention, layer map"], "dropout": 0.1}
+    trained(shards, CachedTargets(caches["sqrt8"]), tmp_path / "whole", **settings)
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    names = set(load_file(checkpoint / "model.safetensors"))
+    assert {name for name in names if name.startswith(PROJECTIONS)} == {
+        f"{PROJECTIONS}.{number}.{part}" for number in (0, 1) for part in ("weight", "bias")
+    }
+    saved = set(load_file(out / "model" / "model.safetensors"))
+    assert saved == {name for name in names if not name.startswith(PROJECTIONS)}
+    assert DualEncoder.from_pretrained(out / "model").config.num_labels == 3
+    # As if it had been killed after the second step.
+    shutil.rmtree(out)
+    config = TrainConfig(**(QUICK | settings))
+    with pytest.raises(KeyboardInterrupt):
+        train(shards, CachedTargets(caches["sqrt8"]), out, config, progress=Progress(step=_stop_after(2)))
+    train(shards, CachedTargets(caches["sqrt8"]), out, config, resume=True)
+    assert losses_of(out) == losses_of(tmp_path / "whole")
+    assert tree(out / "model") == tree(tmp_path / "whole" / "model")
+
+
+def _stop_after(step):
+    def stop(number, _record):
+        if number == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return stop
+
+
+def test_projections_learn(shards, caches, tmp_path):
+    """They are in the optimizer: their weights move, and the loss falls."""
+    trained(
+        shards, CachedTargets(caches["sqrt8"]), tmp_path / "run",
+        attention_weight=0.0, soft_weight=0.0, hidden_weight=1.0, steps=30, learning_rate=0.01, batch_size=15,
+    )  # fmt: skip
+    curve = [line["hidden"] for line in metrics_of(tmp_path / "run")]
+    assert curve[-1] < 0.7 * curve[0]
+
+
+@pytest.fixture(scope="module")
+def plain(shards, teacher_folder, tmp_path_factory):
+    return make_cache(shards, teacher_folder, tmp_path_factory.mktemp("plain") / "cache", layers=(1,), heads="mean")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "whole"}, "attention rows t2w, i2w: it has t2i, i2t; extract with --targets cross,whole"),
+        ({"hidden_weight": 1.0}, "hidden states: extract with --targets cross,hidden"),
+        ({"layer_map": "2:1"}, r"layer 2: it has \[1\]; extract with --layers"),
+        ({"layer": 0}, r"layer 0: it has \[1\]"),
+        ({"heads": "all"}, "attention head by head: it has their mean; extract with --heads all"),
+        ({"queries": "all"}, "padded query rows"),
+    ],
+)
+def test_what_a_cache_lacks_is_said(shards, plain, tmp_path, settings, message):
+    with pytest.raises(CacheError, match=message):
+        trained(shards, CachedTargets(plain), tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_a_cache_lacks_is_said_at_once(shards, plain, tmp_path):
+    with pytest.raises(CacheError) as refused:
+        trained(
+            shards, CachedTargets(plain), tmp_path / "run",
+            attention="whole", hidden_weight=1.0, layer_map="0:0", heads="all",
+        )  # fmt: skip
+    assert str(refused.value).count("\n  - ") == 4
+
+
+def test_heads_of_sparse_rows_cannot_be_averaged(shards, caches, tmp_path):
+    with pytest.raises(CacheError, match="whole rows to average over the heads: it keeps the 4 strongest keys"):
+        trained(shards, CachedTargets(caches["sparse"]), tmp_path / "run", heads="mean")
+
+
+def test_other_numbers_of_heads_are_compared_by_their_mean_alone(shards, caches, tmp_path, save_teacher):
+    four = save_teacher(num_attention_heads=4)
+    config = TrainConfig(**QUICK)
+    with pytest.raises(TeacherError, match="expected a student with the teacher's 3 attention heads, got 4"):
+        train(shards, CachedTargets(caches["sqrt8"]), tmp_path / "run", config, init=str(four))
+    averaged = config.model_copy(update={"heads": "mean"})
+    train(shards, CachedTargets(caches["sqrt8"]), tmp_path / "run", averaged, init=str(four))
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_a_map_to_blocks_or_layers_that_are_not_there_is_refused(shards, caches, teacher, tmp_path):
+    with pytest.raises(InputError, match="expected a layer map to the student's blocks 0 to 2, got 1:7"):
+        trained(shards, CachedTargets(caches["sqrt8"]), tmp_path / "run", layer_map="0:0,1:7")
+    with pytest.raises(InputError, match="expected the teacher's layers 0 to 2, got 5:0"):
+        trained(shards, OnlineTargets(teacher, 2), tmp_path / "run", layer_map="5:0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_map": "1-2"}, "expected layers as teacher:student"),
+        ({"layer_map": "1:2,1:0"}, "expected each layer of the teacher once"),
+        ({"layer_map": "1:2", "layer": 1}, "expected layer or layer_map"),
+        ({"remap_flips": True, "attention": "whole"}, "expected remap_flips with cross attention alone"),
+        ({"temperature": 0.0}, "greater than 0"),
+    ],
+)
+def test_choices_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+def test_only_what_counts_is_read(shards, caches):
+    def read(**settings):
+        config = TrainConfig(**settings)
+        plan = plan_training(shards, (), CachedTargets(caches["sqrt8"]), config, load_task(config.task))
+        return {name.removeprefix("target.") for name in batch_of(plan, shards, config) if name.startswith("target.")}
+
+    always = {"logits", "token_ids", "grid"}
+    assert read() == always | {"t2i.weight", "i2t.weight"}
+    assert read(directions="t2i") == always | {"t2i.weight"}
+    assert read(attention="whole", layer_map="0:0,1:1") == always | {
+        f"{rows}{number}.weight" for rows in ("t2w", "i2w") for number in ("", "@1")
+    }
+    assert read(attention_weight=0.0) == {"logits"}
+    assert read(attention_weight=0.0, hidden_weight=1.0) == always | {"hidden/text", "hidden/image"}
+
+
+@pytest.mark.parametrize("preset", ABLATIONS)
+def test_an_ablation_changes_what_its_name_says(preset):
+    base, changed = (TrainConfig(**task_settings("classification", name)) for name in ("dide", preset))
+    found = {name for name in TrainConfig.model_fields if getattr(base, name) != getattr(changed, name)}
+    assert found == set(ABLATIONS[preset])
+
+
+def test_the_commands_of_the_page_run_as_they_stand(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "distillation.md").read_text()
+    lines = re.findall(r"^    dde-cache (.*)$", page, re.MULTILINE)
+    assert len(lines) >= 11
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        done = cli(*shlex.split(line))
+        assert done.code == 0, f"{line}\n{done.err}"
+    assert {"t2i@0:0", "i2t@3:3"} <= metrics_of(tmp_path / "runs" / "layer-wise")[0].keys()
+    assert {"t2w", "i2w"} <= metrics_of(tmp_path / "runs" / "whole")[0].keys()
+    options = set(re.findall(r"`(--[a-z-]+)", page))
+    known = {name for command in ("train", "extract") for name in re.findall(r"--[a-z-]+", cli(command, "--help").out)}
+    assert options <= known

@@ -298,7 +298,7 @@ def test_the_dide_recipe(shards, caches, teacher_folder, tmp_path):
     every = caches("dide", queries="all", k=4)
     with pytest.raises(InputError, match="pass --init CHECKPOINT"):
         lacking_of_preset("dide", CachedTargets(every), None)
-    with pytest.raises(InputError, match="expected a preset of dide, got 'dede'"):
+    with pytest.raises(InputError, match="expected a preset of dide, dide-t2i"):
         lacking_of_preset("dede", CachedTargets(every), "x")
     lacking = " ".join(lacking_of_preset("dide", CachedTargets(every), str(teacher_folder)))
     assert "RandAugment" in lacking
