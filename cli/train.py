@@ -80,29 +80,11 @@ def train(
     json: bool = typer.Option(False, "--json", help="Print the record of the run as JSON."),
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
+    # Options that are settings have their names.
+    given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields}
+    given |= {"task": task_name, "remap_flips": remap_flips or None}
     if preset is not None and preset not in PRESETS:
         raise InputError(f"expected --preset {' or '.join(PRESETS)}, got {preset!r}")
-    given = {
-        "task": task_name,
-        "steps": steps,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "learning_rate": learning_rate,
-        "precision": precision,
-        "seed": seed,
-        "directions": directions,
-        "attention": attention,
-        "layer_map": layer_map,
-        "heads": heads,
-        "queries": queries,
-        "temperature": temperature,
-        "hidden_weight": hidden_weight,
-        "tail": tail,
-        "workers": workers,
-        "remap_flips": remap_flips or None,
-        "tensorboard": tensorboard,
-    }
     settings = _settings(config, set_, preset, given)
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))

@@ -346,7 +346,7 @@ def test_towers_that_read_something_else(shards, caches, save_teacher, tmp_path)
     other = save_teacher(hidden_size=24, num_attention_heads=2)
     refused(
         TeacherError,
-        "teacher's 3 attention heads, got 2; extract with --heads mean",
+        "teacher's 3 attention heads, got 2; train with --heads mean",
         lambda: run(shards, CachedTargets(caches()), tmp_path / "run", init=str(other)),
     )
     words = save_teacher(vocab_size=40)
