@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import ViltConfig
 
@@ -24,7 +25,7 @@ _WORDS = {
     "logit_scale": "temperature",
     "head": "classifier",
 }
-"""Parts of a student in words."""
+"""All parts of a student, in words."""
 
 
 def is_run(init: str) -> bool:
@@ -95,18 +96,18 @@ def announced(run: str, head: Head) -> str:
         RunError: the run's student cannot be read.
     """
     source = _saved(run)
-    taken, new = _parts(source, new_student(source.config.vilt(), [], 0.0, head))
+    taken, new = _parts(source, new_student(source.config.vilt(), ("new",), 0.0, head))
     return f"from {run}: {_listed(taken)}; new: {_listed(new)}"
 
 
 def _listed(parts: Sequence[str]) -> str:
-    return ", ".join(_WORDS.get(part, part) for part in parts) or "nothing"
+    return ", ".join(_WORDS[part] for part in parts) or "nothing"
 
 
 def _parts(source: nn.Module, student: nn.Module) -> tuple[list[str], list[str]]:
     """Parts of a student that are taken, and those that stay new."""
-    have, want = ([name.partition(".")[0] for name in one.state_dict()] for one in (source, student))
-    wanted = list(dict.fromkeys(want))
+    have, want = ({name.partition(".")[0] for name in one.state_dict()} for one in (source, student))
+    wanted = [part for part in _WORDS if part in want]
     taken = [part for part in wanted if part in have and part != "head"]
     return taken, [part for part in wanted if part not in taken]
 
@@ -114,6 +115,6 @@ def _parts(source: nn.Module, student: nn.Module) -> tuple[list[str], list[str]]
 def _saved(run: str) -> DualEncoder:
     try:
         return DualEncoder.from_pretrained(Path(run) / MODEL)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{run}: expected a run with a saved student, but it cannot be read ({first})") from error
