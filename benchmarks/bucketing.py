@@ -95,8 +95,9 @@ def main() -> None:
         "extraction in buckets / in the order of the file",
         seconds["buckets"],
         seconds["file"],
-        limit=f"tokens that are no padding: {own / tokens['file']:.3f}; in buckets: {tokens['buckets'] / tokens['file']:.3f}",
+        limit=f"{own / tokens['file']:.3f}: the tokens that are no padding",
     )
+    print(f"  tokens in buckets / in the order of the file: {tokens['buckets'] / tokens['file']:.3f}")
     print(f"  {len(read['buckets'])} batches in buckets, {len(read['file'])} in the order of the file, {pairs} pairs")
     print_machine()
 

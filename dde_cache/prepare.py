@@ -10,6 +10,7 @@ from dde_cache.batches import check_labels
 from dde_cache.distill import CachedTargets, LabelsOnly, OnlineTargets, Targets, TrainConfig, images_of
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.join import join
+from dde_cache.passes import RECIPES, PassName, ordered
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
 from dde_cache.store import MANIFEST, Cache
@@ -67,19 +68,32 @@ class TrainingPlan:
 
 
 def plan_training(
-    shards: Sequence[Shard], valid: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task
+    shards: Sequence[Shard],
+    valid: Sequence[Shard],
+    targets: Targets,
+    config: TrainConfig,
+    task: Task,
+    passes: Sequence[PassName] = ("matched",),
 ) -> TrainingPlan:
     """Settle what to read, and refuse what the data or the targets do not have.
 
+    Args:
+        shards: training data.
+        valid: held-out data.
+        targets: where the teacher's signals come from.
+        config: losses and fit.
+        task: what is learned.
+        passes: whose maps are read.
+
     Raises:
-        CacheError: the cache lacks rows, layers, logits or samples that the configuration asks for.
+        CacheError: the cache lacks rows, layers, passes, logits or samples that the configuration asks for.
         TeacherError: the teacher has no task head.
         InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
             of a recipe that this version does not know, or labels or pictures are not what was expected.
     """
     if config.remap_flips and not isinstance(targets, CachedTargets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
-    plan = replace(_plan(shards, targets, config, task), images=_count_pictures(shards, valid, task, targets))
+    plan = replace(_plan(shards, targets, config, task, passes), images=_count_pictures(shards, valid, task, targets))
     if config.remap_flips and plan.images > 1:
         raise InputError("expected remap_flips with samples of one image, got two; leave it out")
     for name, some in (("training shards", shards), ("validation shards", valid)):
@@ -88,7 +102,9 @@ def plan_training(
     return plan
 
 
-def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task) -> TrainingPlan:
+def _plan(
+    shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task, passes: Sequence[PassName]
+) -> TrainingPlan:
     """What is read, from where the targets come from."""
     if isinstance(targets, LabelsOnly):
         labels = _answers(targets.labels, task)
@@ -117,15 +133,38 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: 
     if lacking:
         raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
     recipe = parse_recipe(spec.view)
+    numbers = _numbers_of(cache, passes)
     reader = None
     table = join(shards, cache, targets.on_missing).table
     if config.attention_weight or config.soft_weight:
         every, drift = config.queries == "all", targets.allow_pixel_drift
         reader = CacheTargets(
-            cache, shards, layer, attention=config.attention_weight > 0, padded_queries=every, allow_drift=drift
+            cache,
+            shards,
+            layer,
+            attention=config.attention_weight > 0,
+            padded_queries=every,
+            allow_drift=drift,
+            passes=numbers,
         )
     tower, mean_heads, labels = tower_of(cache), spec.heads == "mean", _answers(cache.labels, task)
     return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
+
+
+def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
+    """The numbers of passes in a cache.
+
+    Raises:
+        CacheError: it lacks some.
+    """
+    held = cache.spec.passes
+    lacking = [name for name in passes if RECIPES[name] not in held]
+    if lacking:
+        raise CacheError(
+            f"{cache.name}: expected the passes {', '.join(passes)}, but it has {'; '.join(held)}; extract with "
+            f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
+        )
+    return [held.index(RECIPES[name]) for name in passes]
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
