@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from rich.markup import escape
@@ -13,15 +13,20 @@ from dde_cache.configs import resolve_config
 from dde_cache.distill import CachedTargets, OnlineTargets, Targets, TrainConfig
 from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
+from dde_cache.initial import announced, is_run
 from dde_cache.join import OnMissing
 from dde_cache.prepare import labels_only
 from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
+from dde_cache.pretrain import pretrain as run_pretrain
+from dde_cache.pretraining import PretrainConfig
 from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
+from dde_cache.student import Head
+from dde_cache.tasks import load_task
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import RunRecord
+from dde_cache.train import RunRecord, Stage
 from dde_cache.train import train as run_train
 
 from .console import console, errors, print_json, progress
@@ -41,7 +46,13 @@ def train(
     valid: str | None = typer.Option(
         None, help="Shards that choose the best checkpoint; without it, the last is kept."
     ),
-    init: str | None = typer.Option(None, help="ViLT checkpoint that both towers start from; without it, random."),
+    init: str | None = typer.Option(
+        None, help="ViLT checkpoint that both towers start from, or a run (of pre-training); without it, random."
+    ),
+    stage: str = typer.Option("finetune", help="pretrain (pairs without labels) or finetune."),
+    passes: str | None = typer.Option(
+        None, help="With --stage pretrain: passes whose attention is learned. Default: those of the cache."
+    ),
     task_name: str | None = typer.Option(
         None, "--task", help="classification, vqa, nlvr2, entailment, retrieval, or module:Class of your own."
     ),
@@ -83,16 +94,18 @@ def train(
     # Options that are settings have their names.
     given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields}
     given |= {"task": task_name, "remap_flips": remap_flips or None}
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"expected --preset {' or '.join(PRESETS)}, got {preset!r}")
-    settings = _settings(config, set_, preset, given)
+    given |= {"passes": passes.split(",") if passes is not None else None}
+    _check_stage(stage, preset, task_name, passes)
+    settings = _settings(stage, config, set_, preset, given)
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if allow_pixel_drift and isinstance(chosen, CachedTargets):
         chosen = replace(chosen, allow_pixel_drift=True)
-    for line in lacking_of_preset(preset, chosen, init) if preset else ():
-        if ranks.first:
-            errors.print(f"[yellow]not as published:[/] {escape(line)}", highlight=False)
+    notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init)]
+    if init is not None and is_run(init):
+        notes.append(escape(announced(init, _head(settings))))
+    for note in notes if ranks.first else ():
+        errors.print(note, highlight=False)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
     bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
     bar.disable = not ranks.first
@@ -105,23 +118,39 @@ def train(
             wait = record["wait_seconds"] / max(record["seconds"], 1e-9)
             bar.update(task, completed=number, visible=True, loss=f"{record['loss']:.3f}", wait=f"{wait:.0%}")
 
-        record = run_train(
-            training,
-            chosen,
-            out,
-            settings,
-            init=init,
-            valid=held_out,
-            resume=resume,
-            about={"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset},
-            progress=FitProgress(
-                step,
-                lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
-                lambda steps: bar.update(task, total=steps),
-            ),
+        watch = FitProgress(
+            step,
+            lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
+            lambda steps: bar.update(task, total=steps),
         )
+        about = {"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset}
+        common: dict[str, Any] = {"valid": held_out, "resume": resume, "about": about, "progress": watch}
+        if isinstance(settings, PretrainConfig):
+            record = run_pretrain(training, chosen, out, settings, init=init, **common)
+        else:
+            record = run_train(training, chosen, out, settings, init=init, **common)
     if ranks.first:
         _show(record, out, json)
+
+
+def _check_stage(stage: str, preset: str | None, task: str | None, passes: str | None) -> None:
+    """Refuse what does not belong to a stage."""
+    if stage not in get_args(Stage):
+        raise InputError(f"expected --stage {' or '.join(get_args(Stage))}, got {stage!r}")
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"expected --preset {' or '.join(PRESETS)}, got {preset!r}")
+    if stage == "pretrain" and (preset, task) != (None, None):
+        raise InputError("expected --preset and --task with --stage finetune alone: pre-training has no labels")
+    if stage == "finetune" and passes is not None:
+        raise InputError("expected --passes with --stage pretrain alone: fine-tuning learns from matched pairs")
+
+
+def _lacking(preset: str | None, targets: Targets, init: str | None) -> list[str]:
+    return lacking_of_preset(preset, targets, init) if preset else []
+
+
+def _head(settings: TrainConfig) -> Head:
+    return Head("pretraining" if isinstance(settings, PretrainConfig) else load_task(settings.task).head)
 
 
 def _show(record: RunRecord, out: Path, as_json: bool) -> None:
@@ -133,12 +162,17 @@ def _show(record: RunRecord, out: Path, as_json: bool) -> None:
     console.print(f"student of step {record.best_step or record.steps} saved in {out}/model{best}", highlight=False)
 
 
-def _settings(config: Path | None, set_: list[str], preset: str | None, given: Mapping[str, Any]) -> TrainConfig:
+def _settings(
+    stage: str, config: Path | None, set_: list[str], preset: str | None, given: Mapping[str, Any]
+) -> TrainConfig:
     """Options over assignments over the file over what the task and the preset begin with."""
     if given["steps"] is not None and given["epochs"] is not None:
         raise InputError("expected --steps or --epochs, got both")
     if given["steps"] is not None:
         set_ = [*set_, "epochs=null"]
+    if stage == "pretrain":
+        return resolve_config(PretrainConfig, config, set_, **given)
+    given = {name: value for name, value in given.items() if name != "passes"}
     # The task may come from the file; what it begins with then stands below what the file says.
     task = resolve_config(TrainConfig, config, set_, **given).task
     return resolve_config(TrainConfig, config, set_, task_settings(task, preset), **given)

@@ -78,11 +78,15 @@ class DistillConfig(FitConfig):
         return layer_map
 
     @model_validator(mode="after")
-    def _check_choices(self) -> "DistillConfig":
+    def _check_weights(self) -> "DistillConfig":
         if not (self.attention_weight or self.soft_weight or self.hard_weight or self.hidden_weight):
             raise ValueError(
                 "expected at least one of attention_weight, soft_weight, hard_weight and hidden_weight above 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> "DistillConfig":
         if self.layer is not None and self.layer_map is not None:
             raise ValueError("expected layer or layer_map, got both: layer stands for a map to the last block")
         if self.remap_flips and (self.attention == "whole" or self.hidden_weight):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dde_cache.batches import Batch, PairDataset, check_labels, pictures_of, to_device, tokens_of, torch_device
 from dde_cache.errors import CacheError, InputError, RunError
+from dde_cache.initial import MODEL
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines, EvaluationReport
@@ -19,7 +20,7 @@ from dde_cache.student import DualEncoder, DualEncoderOutput
 from dde_cache.targets import teacher_logits
 from dde_cache.tasks import Task, is_own, load_task
 from dde_cache.teacher import FusionTeacher
-from dde_cache.train import BASELINES, MODEL, RUN, output_of
+from dde_cache.train import BASELINES, RUN, output_of
 
 
 @dataclass(frozen=True)

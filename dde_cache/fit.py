@@ -36,6 +36,9 @@ from dde_cache.terms import Losses, Objective
 Loader = Callable[[int, Share], Iterable[Batch]]
 """Gives the micro-batches of one rank from a step on."""
 
+Validate = Callable[[nn.Module], float | Mapping[str, float]]
+"""Figures of a model on held-out data."""
+
 
 @dataclass
 class Progress:
@@ -94,7 +97,8 @@ class Fit:
         objective: what is minimised.
         config: optimization settings.
         run: folder for metrics and checkpoints.
-        validate: accuracy on held-out data, every `valid_every` steps and at the end.
+        validate: accuracy on held-out data, every `valid_every` steps and at the end; or several figures by name,
+            `accuracy` among them.
         save_best: called when the validation accuracy is the best so far (a tie counts), or at the end where nothing
             is validated.
         progress: hooks to show what happens.
@@ -110,7 +114,7 @@ class Fit:
         config: FitConfig,
         run: Path,
         *,
-        validate: Callable[[nn.Module], float] | None = None,
+        validate: Validate | None = None,
         save_best: Callable[[nn.Module], None],
         progress: Progress | None = None,
     ) -> None:
@@ -249,12 +253,17 @@ class Fit:
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in found.items()}
         return objective.means(sums, rows)
 
-    def _measure(self, validate: Callable[[nn.Module], float], metrics: Metrics) -> None:
+    def _measure(self, validate: Validate, metrics: Metrics) -> None:
         state, ranks = self._state, self._ranks
         found = {"accuracy": 0.0}
-        ranks.on_first(lambda: found.update(accuracy=validate(self._plain)))
-        accuracy = ranks.total(found)["accuracy"]
-        metrics.write(state.step, {"valid_accuracy": accuracy})
+
+        def measure() -> None:
+            figures = validate(self._plain)
+            found.update({"accuracy": figures} if isinstance(figures, float) else figures)
+
+        ranks.on_first(measure)
+        accuracy = ranks.total({"accuracy": found["accuracy"]})["accuracy"]
+        metrics.write(state.step, {f"valid_{name}": value for name, value in found.items()})
         if ranks.first:
             self._progress.valid(state.step, accuracy)
         if state.best_accuracy is None or accuracy >= state.best_accuracy:

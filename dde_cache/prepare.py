@@ -21,6 +21,7 @@ from dde_cache.distill import (
 )
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.join import join
+from dde_cache.passes import RECIPES, PassName, ordered
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
 from dde_cache.spec import TargetSpec
@@ -79,19 +80,32 @@ class TrainingPlan:
 
 
 def plan_training(
-    shards: Sequence[Shard], valid: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task
+    shards: Sequence[Shard],
+    valid: Sequence[Shard],
+    targets: Targets,
+    config: TrainConfig,
+    task: Task,
+    passes: Sequence[PassName] = ("matched",),
 ) -> TrainingPlan:
     """Settle what to read, and refuse what the data or the targets do not have.
 
+    Args:
+        shards: training data.
+        valid: held-out data.
+        targets: where the teacher's signals come from.
+        config: losses and fit.
+        task: what is learned.
+        passes: whose maps are read.
+
     Raises:
-        CacheError: the cache lacks rows, layers, logits or samples that the configuration asks for.
+        CacheError: the cache lacks rows, layers, passes, logits or samples that the configuration asks for.
         TeacherError: the teacher has no task head.
         InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
             of a recipe that this version does not know, or labels or pictures are not what was expected.
     """
     if config.remap_flips and not isinstance(targets, CachedTargets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
-    plan = replace(_plan(shards, targets, config, task), images=_count_pictures(shards, valid, task, targets))
+    plan = replace(_plan(shards, targets, config, task, passes), images=_count_pictures(shards, valid, task, targets))
     if config.remap_flips and plan.images > 1:
         raise InputError("expected remap_flips with samples of one image, got two; leave it out")
     for name, some in (("training shards", shards), ("validation shards", valid)):
@@ -100,7 +114,9 @@ def plan_training(
     return plan
 
 
-def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task) -> TrainingPlan:
+def _plan(
+    shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task, passes: Sequence[PassName]
+) -> TrainingPlan:
     """What is read, from where the targets come from."""
     if isinstance(targets, LabelsOnly):
         labels = _answers(targets.labels, task)
@@ -122,6 +138,7 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: 
     if lacking:
         raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
     recipe = parse_recipe(spec.view)
+    numbers = _numbers_of(cache, passes)
     reader = None
     table = join(shards, cache, targets.on_missing).table
     if config.reads_records or config.soft_weight:
@@ -133,6 +150,7 @@ def _plan(shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: 
             hidden=config.hidden_weight > 0,
             padded_queries=config.queries == "all",
             allow_drift=targets.allow_pixel_drift,
+            passes=numbers,
         )
     tower, mean_heads, labels = tower_of(cache), "mean" in (spec.heads, config.heads), _answers(cache.labels, task)
     return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
@@ -165,6 +183,22 @@ def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int
     if config.hidden_weight and spec.hidden_width is None:
         lacking.append("hidden states: extract with --targets cross,hidden")
     return lacking
+
+
+def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
+    """The numbers of passes in a cache.
+
+    Raises:
+        CacheError: it lacks some.
+    """
+    held = cache.spec.passes
+    lacking = [name for name in passes if RECIPES[name] not in held]
+    if lacking:
+        raise CacheError(
+            f"{cache.name}: expected the passes {', '.join(passes)}, but it has {'; '.join(held)}; extract with "
+            f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
+        )
+    return [held.index(RECIPES[name]) for name in passes]
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:

@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
 from dde_cache.errors import RunError
@@ -87,6 +89,17 @@ class Ranks:
         if bucket:
             self._add(bucket)
 
+    def gather(self, rows: Float[Tensor, "m w"], most: int) -> Float[Tensor, "n w"]:
+        """The rows of all ranks, one rank after the other, each filled up to `most` rows with zeros.
+
+        Gradients flow back to the rank that a row is of, summed over the ranks that used it; `add_gradients` then gives
+        the gradient of the sum of all ranks' losses.
+        """
+        if self.count == 1:
+            return rows
+        padded = nn.functional.pad(rows, (0, 0, 0, most - len(rows)))
+        return _Gather.apply(padded, self.number, self.count)
+
     def _add(self, bucket: list[nn.Parameter]) -> None:
         have = torch.tensor([float(one.grad is not None) for one in bucket], device=bucket[0].device)
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in bucket]
@@ -104,6 +117,25 @@ class Ranks:
         with _clear_errors():
             distributed.all_reduce(numbers, op=how)
         return dict(zip(values, numbers.tolist(), strict=True))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; backwards, the sum over ranks of the gradients of one's own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, number: int, count: int) -> Tensor:
+        ctx.own = slice(number * len(rows), (number + 1) * len(rows))
+        parts = [torch.empty_like(rows) for _ in range(count)]
+        with _clear_errors():
+            distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradients[0].contiguous()
+        with _clear_errors():
+            distributed.all_reduce(gradient)
+        return gradient[ctx.own], None, None
 
 
 @contextmanager

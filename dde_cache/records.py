@@ -110,19 +110,20 @@ def assemble(
     picture.
 
     Args:
-        records: the batches, in the order of `place`.
+        records: the batches, their rows in the order of `place`.
         samples: of the unit.
-        place: what each row of the batches is of.
+        place: what each row of the batches is of; in any order.
         spec: what is kept.
         partners: by place, of those rows that show another sample's picture.
     """
-    sample, text, view, passes = (torch.tensor(column) for column in zip(*place, strict=True))
+    order = torch.tensor(sorted(range(len(place)), key=place.__getitem__))
+    sample, text, view, passes = torch.tensor(place)[order].T
     matched = passes == 0
     images, layers = len(records[0].grids), len(spec.layers)
     each = images * layers
-    grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
+    grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])[order]
     longest = max(int(record.text_tokens.max()) for record in records)
-    token_ids = torch.cat([_to_width(record.token_ids, longest) for record in records])
+    token_ids = torch.cat([_to_width(record.token_ids, longest) for record in records])[order]
     pairs = len(place)
     columns = MapColumns(
         sample=sample.repeat_interleave(each).numpy(),
@@ -131,23 +132,25 @@ def assemble(
         view=view.repeat_interleave(each).numpy(),
         passes=passes.repeat_interleave(each).numpy(),
         layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
-        text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
+        text_tokens=torch.cat([record.text_tokens for record in records])[order].repeat_interleave(each).numpy(),
         token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
         grid=grid.repeat_interleave(layers, dim=1).flatten(0, 1).numpy(),
     )
     longest_of = {"t2i": int(columns.image_tokens.max()), "i2t": longest}
     together = int((columns.text_tokens + columns.image_tokens).max())
     stacked = {
-        name: _stack([record.rows[name] for record in records], keys=longest_of.get(name, together))
+        name: _stack([record.rows[name] for record in records], order, keys=longest_of.get(name, together))
         for name in spec.rows
     }
     logits = [record.logits for record in records if record.logits is not None]
     hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
     further = partner_arrays(partners) if "partners" in spec.groups else {}
     if hashes:
-        further |= group_arrays(sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[matched].numpy())
+        further |= group_arrays(
+            sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[order][matched].numpy()
+        )
     if records[0].hidden:
-        further |= _hidden_arrays(records, {"text": longest, "image": longest_of["t2i"]})
+        further |= _hidden_arrays(records, order, {"text": longest, "image": longest_of["t2i"]})
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
@@ -156,7 +159,7 @@ def assemble(
         i2t=stacked.get("i2t"),
         prediction_sample=sample[matched].numpy(),
         prediction_text=text[matched].numpy(),
-        logits=torch.cat(logits)[matched].numpy() if logits else None,
+        logits=torch.cat(logits)[order][matched].numpy() if logits else None,
         prediction_view=view[matched].numpy(),
         further=further,
         whole={name: maps for name, maps in stacked.items() if name in ("t2w", "i2w")},
@@ -168,15 +171,14 @@ def _to_length(states: Tensor, length: int) -> Tensor:
     return nn.functional.pad(states[:, :length], (0, 0, 0, max(length - states.shape[1], 0)))
 
 
-def _hidden_arrays(records: Sequence[Records], lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+def _hidden_arrays(records: Sequence[Records], order: Tensor, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Batches of (image slot, layer) hidden states -> the arrays of the group, those of a pair together."""
     arrays = {}
     for name, length in lengths.items():
         batches = [
-            torch.stack([_to_length(getattr(one, name), length) for one in batch.hidden], dim=1).flatten(0, 1)
-            for batch in records
+            torch.stack([_to_length(getattr(one, name), length) for one in batch.hidden], dim=1) for batch in records
         ]
-        arrays[f"{HIDDEN}/{name}"] = torch.cat(batches).numpy()
+        arrays[f"{HIDDEN}/{name}"] = torch.cat(batches)[order].flatten(0, 1).numpy()
     return arrays
 
 
@@ -185,15 +187,22 @@ def _to_width(ids: Tensor, width: int) -> Tensor:
     return nn.functional.pad(ids[:, :width], (0, max(width - ids.shape[1], 0)))
 
 
-def _stack(batches: Sequence[Sequence[EncodedAttention]], keys: int) -> EncodedAttention:
-    """Batches of (image slot, layer) maps -> one array of records, those of a pair together; at most `keys` keys."""
+def _stack(batches: Sequence[Sequence[EncodedAttention]], order: Tensor, keys: int) -> EncodedAttention:
+    """Batches of (image slot, layer) maps -> one array of records, those of a pair together; at most `keys` keys.
+
+    Args:
+        batches: of maps.
+        order: which row of the batches comes first, second, ...
+        keys: of the longest key axis.
+    """
     maps = concatenate([one for batch in batches for one in batch])
-    order, start = [], 0
+    places, start = [], 0
     for batch in batches:
         pairs = len(batch[0].weight)
-        order.append(start + torch.arange(len(batch) * pairs).reshape(len(batch), pairs).T.flatten())
+        places.append(start + torch.arange(len(batch) * pairs).reshape(len(batch), pairs).T)
         start += len(batch) * pairs
-    stacked = maps.records(torch.cat(order).to(maps.weight.device)).cut(maps.weight.shape[2], keys)
+    rows = torch.cat(places)[order].flatten()
+    stacked = maps.records(rows.to(maps.weight.device)).cut(maps.weight.shape[2], keys)
     return from_parts({name: part.cpu() for name, part in stacked.parts.items()}, steps_of(stacked))
 
 

@@ -33,10 +33,10 @@ class Head:
     """What a student has above its towers.
 
     `classes`: shallow interaction and a classifier, over one or two images. `similarity`: nothing but a learned
-    temperature; the normalised pooled vectors are compared.
+    temperature; the normalised pooled vectors are compared. `pretraining`: the temperature and the shallow interaction.
     """
 
-    kind: Literal["classes", "similarity"] = "classes"
+    kind: Literal["classes", "similarity", "pretraining"] = "classes"
     images: int = 1
     task: str = "classification"
 
@@ -78,11 +78,13 @@ class BlockOutput:
 
 @dataclass
 class TowerOutput:
-    """One side of a batch: pooled vector, token mask, and what the last block and those that are kept gave."""
+    """One side of a batch: pooled vector, token mask, what the last block and those that are kept gave, and the states
+    of the tokens behind the final norm."""
 
     pooled: Float[Tensor, "b w"]
     mask: Bool[Tensor, "b n"]
     blocks: Mapping[int, BlockOutput]
+    states: Any = None
 
     @property
     def query_key(self) -> QueryKey:
@@ -97,7 +99,7 @@ class TowerOutput:
 @dataclass
 class DualEncoderOutput(ModelOutput):
     """Logits [b, c], the `TowerOutput` of both sides, and that of a second image. (Hugging Face wants every field to be
-    optional.) A head of similarities gives no logits, but `scale`, the factor of its cosines."""
+    optional.) Other heads than a classifier give no logits, but `scale`, the factor of their cosines."""
 
     logits: Any = None
     text: Any = None
@@ -124,9 +126,9 @@ class _Tower(nn.Module):
         blocks = self.encoder.layer
         kept = sorted({*self.kept_blocks, len(blocks) - 1})
         with capture_query_key(blocks, kept) as capture, capture_states(blocks, kept) as held:
-            states = self.encoder(embeds, attention_mask=bias).last_hidden_state
+            states = self.layernorm(self.encoder(embeds, attention_mask=bias).last_hidden_state)
         outputs = {number: BlockOutput(capture[number], held[number]) for number in kept}
-        return TowerOutput(self.pooler(self.layernorm(states)), mask, outputs)
+        return TowerOutput(self.pooler(states), mask, outputs, states)
 
 
 class TextTower(_Tower):
@@ -172,7 +174,8 @@ class DualEncoder(PreTrainedModel):
 
     Interaction: cat[text; image] (2w) -> Linear(2w, 2w) -> LayerNorm -> GELU -> Linear(2w, w). Head: Linear(w, 2w) ->
     LayerNorm -> GELU -> Linear(2w, classes). Of two images each meets the text in the interaction, and the head reads
-    both results side by side (2w inputs; NLVR2). Students that compare pooled vectors have neither.
+    both results side by side (2w inputs; NLVR2). Students that compare pooled vectors have neither, those of
+    pre-training the interaction alone.
     """
 
     config_class = DualEncoderConfig
@@ -185,17 +188,18 @@ class DualEncoder(PreTrainedModel):
         width = shape.hidden_size
         self.text_tower = TextTower(shape)
         self.image_tower = ImageTower(shape)
-        if config.head == "similarity":
+        if config.head != "classes":
             self.logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
-        else:
+        if config.head != "similarity":
             self.fusion = _two_layers(2 * width, 2 * width, width)
+        if config.head == "classes":
             self.head = _two_layers(config.images * width, 2 * width, config.num_labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         deviation = self.config.initializer_range
-        if isinstance(module, DualEncoder) and module.config.head == "similarity":
+        if isinstance(module, DualEncoder) and module.config.head != "classes":
             init.constant_(module.logit_scale, FIRST_SCALE)
         if isinstance(module, (TextTower, ImageTower)):
             init.normal_(module.token_type, std=deviation)
@@ -236,7 +240,7 @@ class DualEncoder(PreTrainedModel):
         text = self.text_tower(input_ids, attention_mask)
         grid = self._grid(pixel_values) if grid is None else grid
         image = self.image_tower(pixel_values, grid, padding=image_padding[0])
-        if self.config.head == "similarity":
+        if self.config.head != "classes":
             return DualEncoderOutput(text=text, image=image, scale=self.logit_scale.exp().clamp(max=LARGEST_SCALE))
         if second_pixel_values is None:
             return DualEncoderOutput(logits=self.answer(text.pooled, image.pooled), text=text, image=image)
@@ -259,8 +263,12 @@ class DualEncoder(PreTrainedModel):
 
     def answer(self, text: Float[Tensor, "b w"], *images: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:
         """Logits from the pooled vectors of a text and its images: all that runs when they were stored."""
-        fused = [self.fusion(torch.cat([text, image], dim=-1)) for image in images]
+        fused = [self.interact(text, image) for image in images]
         return self.head(torch.cat(fused, dim=-1))
+
+    def interact(self, text: Float[Tensor, "b w"], image: Float[Tensor, "b w"]) -> Float[Tensor, "b w"]:
+        """The shallow interaction of pooled vectors."""
+        return self.fusion(torch.cat([text, image], dim=-1))
 
     def _grid(self, pixels: Float[Tensor, "b c y x"]) -> Int[Tensor, "b 2"]:
         patch = self.config.vilt().patch_size

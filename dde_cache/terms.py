@@ -55,6 +55,11 @@ class Objective(Generic[Output]):
     ) -> None:
         self._run, self._terms, self._sizes = run, terms, sizes
 
+    @property
+    def terms(self) -> Mapping[str, Term[Output]]:
+        """The terms by name."""
+        return self._terms
+
     def sizes(self, batches: Sequence[Batch]) -> Sizes:
         """The sizes that some batches share."""
         each = [self._sizes(batch) for batch in batches]

@@ -5,10 +5,10 @@ For comparison the same procedure trains on labels only, or with the teacher run
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
-from transformers import ViltConfig
 
 from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
@@ -20,8 +20,8 @@ from dde_cache.distill import (
     TrainConfig,
     student_output,
 )
-from dde_cache.errors import TeacherError, bullet_list
 from dde_cache.fit import Fit, FitResult, Progress
+from dde_cache.initial import MODEL, build_student
 from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
@@ -31,18 +31,20 @@ from dde_cache.scores import Baselines
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
-from dde_cache.student import DualEncoder, DualEncoderOutput, Head, new_student, student_from_vilt
+from dde_cache.student import DualEncoderOutput, Head
 from dde_cache.tasks import load_task
 
-MODEL = "model"
 RUN = "run.json"
 BASELINES = "baselines.json"
+
+Stage = Literal["pretrain", "finetune"]
 
 
 class RunRecord(Model):
     """`run.json`: what a run was trained on, and how it ended."""
 
     version: str
+    stage: Stage = "finetune"
     task: str = "classification"
     shards: str
     valid: str | None
@@ -77,7 +79,7 @@ def train(
         targets: where the teacher's signals come from.
         out: the run's folder.
         config: losses and fit.
-        init: ViLT checkpoint that both towers start from; None: random weights.
+        init: ViLT checkpoint that both towers start from, or a run whose parts are taken; None: random weights.
         valid: data that chooses the best checkpoint.
         resume: go on from the newest checkpoint in `out`.
         about: `shards`, `valid`, `targets`, `init`, `preset` in the user's words, for the record.
@@ -89,7 +91,7 @@ def train(
     task = load_task(config.task)
     plan = plan_training(shards, valid, targets, config, task)
     torch.manual_seed(config.seed)
-    student = build_student(plan.tower, plan.labels, config, init, Head(task.head, plan.images, config.task))
+    student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
     fit_student(student, targets, config, plan)
     sides, full_text = 1 + config.remap_flips, config.queries == "all"
     table = plan.table.in_views(plan.views, sides)
@@ -105,7 +107,7 @@ def train(
     ranks = Ranks()
 
     def begin() -> None:
-        open_run(out, config, resume=resume, inputs=_inputs(shards, plan, targets, init))
+        open_run(out, config, resume=resume, inputs=inputs_of(shards, plan, targets, init))
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 
     ranks.on_first(begin)
@@ -130,12 +132,12 @@ def train(
     if resume:
         fit.resume()
     result = fit(loader)
-    record = _record(result, plan.labels, targets, about or {}, config.task)
+    record = record_of(result, plan.labels, targets, about or {}, config.task, "finetune")
     ranks.on_first(lambda: write_text(out / RUN, record.model_dump_json(indent=2) + "\n"))
     return record
 
 
-def _inputs(
+def inputs_of(
     shards: Sequence[Shard], plan: TrainingPlan, targets: Targets, init: str | None
 ) -> dict[str, str | int | None]:
     """What a resumed run must share with its beginning, beside the settings."""
@@ -160,35 +162,18 @@ def output_of(model: nn.Module) -> Callable[[Batch], DualEncoderOutput]:
     return run
 
 
-def build_student(
-    tower: ViltConfig, labels: Sequence[str], config: TrainConfig, init: str | None, head: Head
-) -> DualEncoder:
-    """A new student, with towers from `init` or random.
-
-    Raises:
-        TeacherError: `init` is no ViLT, or its towers would read other tokens or patches than the teacher.
-    """
-    if init is None:
-        return new_student(tower, labels, config.dropout, head)
-    student = student_from_vilt(init, labels, config.dropout, head)
-    shape = student.config.vilt()
-    wrong = [
-        f"{name}: expected {getattr(tower, name)}, got {getattr(shape, name)}"
-        for name in ("patch_size", "vocab_size")
-        if getattr(shape, name) != getattr(tower, name)
-    ]
-    if shape.max_position_embeddings < tower.max_position_embeddings:
-        wrong.append(f"text length: expected {tower.max_position_embeddings}, got {shape.max_position_embeddings}")
-    if wrong:
-        raise TeacherError(f"{init}: its towers do not read what the teacher read:{bullet_list(wrong)}")
-    return student
-
-
-def _record(
-    result: FitResult, labels: Sequence[str], targets: Targets, about: Mapping[str, str | None], task: str
+def record_of(
+    result: FitResult,
+    labels: Sequence[str],
+    targets: Targets,
+    about: Mapping[str, str | None],
+    task: str,
+    stage: Stage,
 ) -> RunRecord:
+    """The record of a run that has ended; `about` as for `train`."""
     return RunRecord(
         version=__version__,
+        stage=stage,
         task=task,
         shards=about.get("shards") or "",
         valid=about.get("valid"),

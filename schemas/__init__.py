@@ -10,6 +10,7 @@ from dde_cache.extract import ExtractConfig, ExtractSummary
 from dde_cache.merge import MergeReport
 from dde_cache.objects import Receipts
 from dde_cache.plan import ExtractPlan
+from dde_cache.pretraining import PretrainConfig
 from dde_cache.repair import RepairReport
 from dde_cache.samples import SampleRecord, ShardsIndex
 from dde_cache.scores import Baselines, EvaluationReport
@@ -32,6 +33,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "manifest": Manifest,
     "merge-report": MergeReport,
     "pair-links": PairLinks,
+    "pretrain-config": PretrainConfig,
     "receipts": Receipts,
     "repair-report": RepairReport,
     "run": RunRecord,
