@@ -311,8 +311,7 @@ def online_targets(targets: OnlineTargets, batch: Batch, config: DistillConfig, 
     rows: dict[tuple[Rows, int, int], Attention] = {}
     for name in config.rows:
         for image, number in places:
-            # The padded image token that a teacher needs for its query row is no key of the student's.
-            found = output.rows(name, image, pairs[number].teacher)
-            rows[name, image, number] = sparsify(found[..., : _longest(batch, image)] if whole else found, None)
+            # Sparse, so that the padded image token of a teacher's query row, no key of the student's, is left out.
+            rows[name, image, number] = sparsify(output.rows(name, image, pairs[number].teacher), None)
     states = {(image, number): output.hidden[image, pairs[number].teacher] for image, number in places if hidden}
     return Taught(rows, states, output.logits)

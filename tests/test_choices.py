@@ -27,6 +27,8 @@ from dde_cache.errors import CacheError, InputError, TeacherError
 from dde_cache.fit import Progress
 from dde_cache.prepare import fit_student, plan_training
 from dde_cache.presets import ABLATIONS, task_settings
+from dde_cache.pretrain import pretrain
+from dde_cache.pretraining import PretrainConfig
 from dde_cache.samples import Sample, Text
 from dde_cache.student import DualEncoder, Head, new_student
 from dde_cache.tasks import load_task
@@ -372,6 +374,15 @@ def test_hidden_states_resume_and_are_not_exported(shards, caches, tmp_path):
     train(shards, CachedTargets(caches["sqrt8"]), out, config, resume=True)
     assert losses_of(out) == losses_of(tmp_path / "whole")
     assert tree(out / "model") == tree(tmp_path / "whole" / "model")
+
+
+def test_pre_training_has_the_same_choices(shards, caches, tmp_path):
+    config = PretrainConfig(**QUICK, attention="whole", directions="t2i", layer_map="0:1,2:2", heads="mean")
+    pretrain(shards, CachedTargets(caches["sqrt8"]), tmp_path / "run", config)
+    found = metrics_of(tmp_path / "run")[0].keys()
+    assert {"t2w@0:1", "t2w@2:2"} == {name for name in found if name.startswith(("t2", "i2"))}
+    with pytest.raises(ValueError, match="hidden_weight"):
+        PretrainConfig(hidden_weight=1.0)
 
 
 def _stop_after(step):
