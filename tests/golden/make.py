@@ -1,19 +1,22 @@
 """Write the golden caches of format version 1, and what they decode to, from fixed numbers.
 
-    python tests/golden/make.py
+    python tests/golden/make.py NAME
 
-They are made once, before the version is frozen, and then read for ever: do not run this again after that. What they
-decode to (`expected-NAME.npz`) is computed here in plain Python from the numbers that go in, not by the package.
+Each is made once, when what it shows comes into the format, and then read for ever: do not run this again for one that
+is there. What they decode to (`expected-NAME.npz`) is computed here in plain Python from the numbers that go in, not by
+the package.
 
     two-images   2 images a sample, 2 views, 2 passes, 2 layers, 2 heads, log8 with at most 3 keys, 3 answers; one unit
                  has positions above 255, one has a group that no reader knows and none needs
     whole-rows   mean head, float16, every key, padded query rows, no predictions
     every-key    sqrt8 of 40 steps, padded query rows, 2 layers, 3 answers; pictures of two sizes
     logits       predictions alone
+    beside       rows over the whole sequence, hidden states of width 5; 2 images, 2 layers, sqrt8, padded query rows
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,6 +63,13 @@ DIFFERENT = {
         "teacher_heads": 2, "images": 2, "layers": (), "heads": "all", "queries": "valid", "k": 3, "weights": "log8",
         "classes": 3,
     },
+    "beside": {
+        "teacher_heads": 2, "images": 2, "layers": (1, 2), "heads": "all", "queries": "all", "weights": "sqrt8",
+        "steps": 56, "classes": 3,
+        "groups": {
+            "whole": {"keys": "valid text then valid image v1"}, "hidden": {"states": "block output v1", "width": 5},
+        },
+    },
 }  # fmt: skip
 SPECS = {name: TargetSpec(**COMMON | different) for name, different in DIFFERENT.items()}
 UNITS = {
@@ -68,6 +78,7 @@ UNITS = {
     "every-key": (("a", "long"),),
     "one-way": (("a", "b"),),
     "logits": (("a", "b"), ("c",)),
+    "beside": (("a", "long"),),
 }
 """Sample keys of each unit."""
 
@@ -171,6 +182,16 @@ def direction_of(
     return {"index": index, "weight": weight, "tail": tail}, dense
 
 
+def states_of(width: int, tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hidden states of every record: of token n in place w of record r some wave of r, n and w; 0 behind the tokens."""
+    arrays = {}
+    for name, counts in tokens.items():
+        record, token, place = np.indices((len(counts), max(counts), width))
+        wave = np.sin(record + 2 * token + 3 * place + len(name)) * 100
+        arrays[f"hidden/{name}"] = np.where(token < counts[:, None, None], wave, 0).astype(np.float16)
+    return arrays
+
+
 def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitArrays, dict[str, np.ndarray]]:
     """A unit's arrays and what they decode to."""
     content = (np.arange(32 * len(keys)).reshape(-1, 32) * 7 + number).astype(np.uint8)
@@ -196,22 +217,30 @@ def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitA
         padded = spec.queries == "all"
         rows = {"t2i": [HIGHEST] * len(words) if padded else words.tolist(), "i2t": (patches + padded).tolist()}
         count = {"t2i": patches.tolist(), "i2t": words.tolist()}
-        for salt, direction in enumerate(spec.directions):
+        count |= dict.fromkeys(("t2w", "i2w"), (words + patches).tolist())
+        rows |= {"t2w": rows["t2i"], "i2w": rows["i2t"]}
+        further = ("t2w", "i2w") if "whole" in spec.groups else ()
+        for salt, direction in enumerate((*spec.directions, *further)):
             make = direction_of if spec.steps is None else whole_direction_of
             stored, dense = make(spec, rows[direction], count[direction], max(rows[direction]), 17 * salt)
             signed = {name: part.view(np.int16) if part.dtype == np.uint16 else part for name, part in stored.items()}
-            arrays[direction] = from_numpy(signed, spec.steps)
+            into = arrays.setdefault("whole", {}) if direction in further else arrays
+            into[direction] = from_numpy(signed, spec.steps)
             expected[direction] = dense.astype(np.float32)
         expected |= {"maps": records, "text_tokens": words, "token_ids": ids, "grid": grid}
-    if number == 1 and spec.groups:
+    if "hidden" in spec.groups:
+        arrays["further"] = states_of(spec.groups["hidden"]["width"], {"text": words, "image": patches})
+        expected |= {name.replace("/", "_"): values for name, values in arrays["further"].items()}
+    if number == 1 and "hologram" in spec.groups:
         arrays["further"] = {"hologram/depth": np.arange(6, dtype=np.float32)}
     return UnitArrays(**arrays), expected
 
 
-def main() -> None:
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
-    for name, spec in SPECS.items():
+def main(names: list[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name in names:
+        spec = SPECS[name]
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
         with tempfile.TemporaryDirectory() as assets:
             (Path(assets) / "labels.json").write_text(json.dumps(["no", "yes", "red"] if spec.classes else None))
             shape = {
@@ -228,7 +257,8 @@ def main() -> None:
             arrays, decoded = unit_of(spec, keys, number)
             held = {"samples": True} | ({"maps": True} if spec.layers else {})
             held |= {"predictions": True} if spec.classes else {}
-            held |= {"hologram": False} if arrays.further else {}
+            held |= {"hologram": False} if "hologram/depth" in arrays.further else {}
+            held |= {group: False for group in ("whole", "hidden") if group in spec.groups}
             fields = {
                 "format_version": FORMAT_VERSION,
                 "spec": spec,
@@ -249,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
