@@ -91,11 +91,10 @@ def train(
     json: bool = typer.Option(False, "--json", help="Print the record of the run as JSON."),
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
-    # Options that are settings have their names.
-    given = {name: value for name, value in locals().items() if name in TrainConfig.model_fields}
-    given |= {"task": task_name, "remap_flips": remap_flips or None}
-    given |= {"passes": passes.split(",") if passes is not None else None}
     _check_stage(stage, preset, task_name, passes)
+    # Options that are settings have their names.
+    given = {name: value for name, value in locals().items() if name in PretrainConfig.model_fields}
+    given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": passes.split(",") if passes else None}
     settings = _settings(stage, config, set_, preset, given)
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))

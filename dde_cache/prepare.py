@@ -156,6 +156,22 @@ def _plan(
     return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
 
 
+def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
+    """The numbers of passes in a cache.
+
+    Raises:
+        CacheError: it lacks some.
+    """
+    held = cache.spec.passes
+    lacking = [name for name in passes if RECIPES[name] not in held]
+    if lacking:
+        raise CacheError(
+            f"{cache.name}: expected the passes {', '.join(passes)}, but it has {'; '.join(held)}; extract with "
+            f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
+        )
+    return [held.index(RECIPES[name]) for name in passes]
+
+
 def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int]) -> list[str]:
     """What attention or hidden states need of a cache and it does not have, and how it would be had."""
     if not spec.layers:
@@ -183,22 +199,6 @@ def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int
     if config.hidden_weight and spec.hidden_width is None:
         lacking.append("hidden states: extract with --targets cross,hidden")
     return lacking
-
-
-def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
-    """The numbers of passes in a cache.
-
-    Raises:
-        CacheError: it lacks some.
-    """
-    held = cache.spec.passes
-    lacking = [name for name in passes if RECIPES[name] not in held]
-    if lacking:
-        raise CacheError(
-            f"{cache.name}: expected the passes {', '.join(passes)}, but it has {'; '.join(held)}; extract with "
-            f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
-        )
-    return [held.index(RECIPES[name]) for name in passes]
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:

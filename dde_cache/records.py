@@ -146,9 +146,8 @@ def assemble(
     hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
     further = partner_arrays(partners) if "partners" in spec.groups else {}
     if hashes:
-        further |= group_arrays(
-            sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[order][matched].numpy()
-        )
+        pixels = torch.cat(hashes)[order]
+        further |= group_arrays(sample[matched].numpy(), view[matched].numpy(), pixels[matched].numpy())
     if records[0].hidden:
         further |= _hidden_arrays(records, order, {"text": longest, "image": longest_of["t2i"]})
     return UnitArrays(

@@ -377,12 +377,19 @@ def test_hidden_states_resume_and_are_not_exported(shards, caches, tmp_path):
 
 
 def test_pre_training_has_the_same_choices(shards, caches, tmp_path):
-    config = PretrainConfig(**QUICK, attention="whole", directions="t2i", layer_map="0:1,2:2", heads="mean")
+    choices = {"attention": "whole", "directions": "t2i", "layer_map": "0:1,2:2", "heads": "mean", "hidden_weight": 0.5}
+    pretrain(shards, CachedTargets(caches["sqrt8"]), tmp_path / "run", PretrainConfig(**QUICK, **choices))
+    found = {name for name in metrics_of(tmp_path / "run")[0] if name.startswith(("t2", "i2", "hidden"))}
+    assert found == {"t2w@0:1", "t2w@2:2", "hidden@0:1", "hidden@2:2"}
+    assert not [name for name in load_file(tmp_path / "run/model/model.safetensors") if name.startswith(PROJECTIONS)]
+
+
+def test_pre_training_from_hidden_states_alone(shards, caches, tmp_path):
+    config = PretrainConfig(**QUICK, attention_weight=0.0, hidden_weight=1.0)
     pretrain(shards, CachedTargets(caches["sqrt8"]), tmp_path / "run", config)
     found = metrics_of(tmp_path / "run")[0].keys()
-    assert {"t2w@0:1", "t2w@2:2"} == {name for name in found if name.startswith(("t2", "i2"))}
-    with pytest.raises(ValueError, match="hidden_weight"):
-        PretrainConfig(hidden_weight=1.0)
+    assert "hidden" in found
+    assert not {"t2i", "i2t"} & found
 
 
 def _stop_after(step):
