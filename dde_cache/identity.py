@@ -126,6 +126,12 @@ class ExtractConfig(Model):
             raise ValueError("expected maps (layers) of passes beside matched: nothing else of them is kept")
         return self
 
+    @model_validator(mode="after")
+    def _check_layers(self) -> "ExtractConfig":
+        if self.layers == () and len(self.targets) > 1:
+            raise ValueError("expected layers with whole and hidden, whose records are of one each; got none")
+        return self
+
     @property
     def shown(self) -> int:
         """Forward passes of the teacher for each pair."""
@@ -230,7 +236,7 @@ def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str
     if "negative" in config.passes:
         groups["partners"] = dict(EXCHANGED)
     if "whole" in config.targets:
-        groups[WHOLE] = WHOLE_ROWS
+        groups[WHOLE] = dict(WHOLE_ROWS)
     if "hidden" in config.targets:
         groups[HIDDEN] = {"states": HIDDEN_STATES, "width": teacher.width}
     return groups

@@ -410,6 +410,11 @@ def test_the_command_line_and_what_it_says(shards, teacher_folder, tmp_path):
         assert "Traceback" not in wrong.err
 
 
+def test_targets_of_no_layer_are_refused():
+    with pytest.raises(ValueError, match="expected layers with whole and hidden"):
+        ExtractConfig(targets=EVERY, layers=())
+
+
 def test_the_dense_size_counts_every_row_and_state(cache):
     heads, width = 3, 24
     expected = pairs = 0
