@@ -222,14 +222,21 @@ def test_twice_gives_the_same_bytes(cache, shards, teacher_folder, tmp_path):
     assert tree(again.folder) == tree(cache.folder)
 
 
-@pytest.mark.parametrize("group", ["whole", "hidden"])
-def test_a_group_in_a_later_form_is_as_one_that_is_not_known(copy, group):
+@pytest.mark.parametrize(
+    ("group", "later"),
+    [
+        ("whole", {"keys": "another order v2"}),
+        ("hidden", {"states": "final norm v2", "width": 24}),
+        ("hidden", {"states": HIDDEN_STATES, "width": -1}),
+    ],
+)
+def test_a_group_in_a_later_form_is_as_one_that_is_not_known(copy, group, later):
     """Parameters that this version does not know: the other targets are read, the group is left alone."""
     entry = copy.manifest.units[0]
     unit = copy.unit(entry)
     arrays, attributes = cut_unit(unit, unit.keys, copy.spec)
     unit.close()
-    groups = copy.spec.groups | {group: {"later": 2}}
+    groups = copy.spec.groups | {group: later}
     spec = copy.spec.model_copy(update={"groups": groups})
     attributes = attributes.model_copy(update={"spec": spec, "fingerprint": spec.fingerprint})
     write_unit(unit.path, arrays, attributes)
