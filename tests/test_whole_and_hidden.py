@@ -17,6 +17,7 @@ from dde_cache.errors import CacheError, InputError, TeacherError
 from dde_cache.extract import ExtractConfig, plan_extraction
 from dde_cache.identity import config_of
 from dde_cache.merge import merge
+from dde_cache.plan import generous_bytes
 from dde_cache.repair import repair
 from dde_cache.samples import Sample, Text
 from dde_cache.spec import HIDDEN_STATES, WHOLE_ROWS
@@ -397,6 +398,26 @@ def test_a_plan_counts_the_groups(shards, teacher_folder, cache, tmp_path):
     assert 0.8 < plan.bytes / size < 1.25
     plain = plan_extraction(shards, str(teacher_folder), tmp_path / "new", ExtractConfig(batch_size=4, layers=LAYERS))
     assert plain.bytes < plan.bytes
+
+
+@pytest.mark.parametrize("codec", [{}, {"k": 4}, {"k": None, "weights": "float32"}], ids=str)
+def test_what_a_disk_must_hold_counts_the_groups(shards, teacher_folder, tmp_path, codec):
+    """The rough estimate is larger by more than the arrays of a group, uncompressed."""
+    cache = make_cache(shards, teacher_folder, tmp_path / "cache", targets=EVERY, layers=LAYERS, **codec)
+    pairs = sum(entry.pairs for entry in cache.manifest.units)
+    sizes = dict.fromkeys(("whole", "hidden"), 0)
+    for entry in cache.manifest.units:
+        unit = cache.unit(entry)
+        for name in unit.blocks.arrays:
+            group = name.split("/")[0]
+            if group in sizes:
+                sizes[group] += unit.array(name).nbytes
+        unit.close()
+    every = generous_bytes(cache.spec, 10, pairs, 3)
+    for group, size in sizes.items():
+        groups = {name: value for name, value in cache.spec.groups.items() if name != group}
+        less = generous_bytes(cache.spec.model_copy(update={"groups": groups}), 10, pairs, 3)
+        assert every - less > size > 0
 
 
 def test_the_command_line_and_what_it_says(shards, teacher_folder, tmp_path):
