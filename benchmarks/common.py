@@ -176,12 +176,13 @@ def _samples(shape: TeacherShape, random: np.random.Generator) -> Iterator[Sampl
         length = int(text_lengths(1, random)[0]) - 2
         words = random.integers(0, shape.vocabulary - len(SPECIAL_TOKENS), length)
         text = Text(text=" ".join(f"w{word}" for word in words), label=f"answer{random.integers(shape.classes)}")
-        yield Sample(f"{number:06d}", (EncodedImage(_picture(shape.side, random), "jpg"),), (text,))
+        yield Sample(f"{number:06d}", (EncodedImage(picture(shape.side, shape.side, random), "jpg"),), (text,))
 
 
-def _picture(side: int, random: np.random.Generator) -> bytes:
-    coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((side, side), 3)
-    grain = random.normal(0, 8, (side, side, 1))
+def picture(width: int, height: int, random: np.random.Generator) -> bytes:
+    """A JPEG of smooth colours with grain."""
+    coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((width, height), 3)
+    grain = random.normal(0, 8, (height, width, 1))
     pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from dde_cache.passes import RECIPES, UNMASKED, PassName, Words, identities, mas
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
 from dde_cache.samples import Sample, Shard, Text
 from dde_cache.spec import HASH_BYTES
-from dde_cache.stream import BatchOrder, Pair, PairTable, Recent
+from dde_cache.stream import Pair, PairTable, Recent
 from dde_cache.views import ViewRecipe, pixel_hash
 
 NO_LABEL = -100
@@ -275,7 +275,7 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def batch_loader(dataset: PairDataset, order: BatchOrder | Sequence[list[int]], workers: int) -> DataLoader[Batch]:
+def batch_loader(dataset: PairDataset, order: Iterable[list[int]], workers: int) -> DataLoader[Batch]:
     """Read batches in the given order, `workers` processes ahead (0: in this process)."""
     return DataLoader(
         dataset,

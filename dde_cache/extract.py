@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 from pydantic import Field
 
 from dde_cache.batches import Batch, batch_loader, torch_device
+from dde_cache.buckets import UnitWork
 from dde_cache.card import close_with_card
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
 from dde_cache.interrupt import FinishStep
 from dde_cache.partners import check_partners
 from dde_cache.plan import SAMPLE, ExtractPlan, Prediction, check_room, free_bytes, generous_bytes, predict
-from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, partners_of, places, unit_attributes
+from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, unit_attributes
 from dde_cache.samples import Shard
 from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry
 from dde_cache.store import UNITS, CacheWriter, manifest_to_continue
@@ -214,18 +216,16 @@ class _Run:
 
     def units(self, shards: Sequence[Shard], table: PairTable, provenance: Provenance) -> list[UnitEntry]:
         """Extract and write the units of some shards."""
-        preprocessor = self._preprocessor
-        dataset = extraction_dataset(shards, table, preprocessor, self._spec)
-        orders = [table.batches(number, self._config.batch_size) for number in range(len(shards))]
-        batches = iter(batch_loader(dataset, [batch for order in orders for batch in order], self._config.workers))
+        dataset = extraction_dataset(shards, table, self._preprocessor, self._spec)
+        ahead: deque[UnitWork] = deque()
+        batches = iter(batch_loader(dataset, self._order(shards, table, ahead), self._config.workers))
         entries = []
         for number, shard in enumerate(shards):
-            records = self._read(batches, len(orders[number]))
-            samples = list(shard)
-            self.cut_texts += preprocessor.longer_than_allowed([text.text for one in samples for text in one.texts])
-            place = places(samples, self._spec)
-            partners = partners_of(place, samples, shard.name, self._spec)
-            arrays = assemble(records, samples, place, self._spec, partners)
+            records = self._read(batches, len(table.numbers(number)))
+            work = ahead.popleft()
+            self.cut_texts += work.cut_texts
+            shown = [work.place[row] for batch in work.batches for row in batch]
+            arrays = assemble(records, work.samples, shown, self._spec, work.partners)
             own = provenance.model_copy(update={"shards": shard.path.parent.name})
             attributes = unit_attributes(arrays, self._spec, shard.name, own, self._writer.assets)
             entry = self._write(_unit_name(shard), arrays, attributes)
@@ -235,6 +235,14 @@ class _Run:
             entries.append(entry)
         return entries
 
+    def _order(self, shards: Sequence[Shard], table: PairTable, ahead: deque[UnitWork]) -> Iterator[list[int]]:
+        """Batches of pair numbers, each shard looked at when it comes; its work is left in `ahead`."""
+        for number, shard in enumerate(shards):
+            work = UnitWork.of(shard, self._preprocessor, self._spec, self._config.batch_size)
+            ahead.append(work)
+            first = table.numbers(number).start
+            yield from ([first + row for row in batch] for batch in work.batches)
+
     def _write(self, name: str, arrays: UnitArrays, attributes: UnitAttributes) -> UnitEntry:
         """Write a unit, unless another extraction into this folder was first with it: then that one counts."""
         try:
@@ -243,7 +251,7 @@ class _Run:
             return self._writer.described(name)
         return attributes.entry(name, size, digest)
 
-    def _read(self, batches: Iterator[Batch], count: int) -> list[Records]:
+    def _read(self, batches: Iterator[Batch], rows: int) -> list[Records]:
         """Run the teacher on the batches of one unit.
 
         Raises:
@@ -251,8 +259,9 @@ class _Run:
         """
         records = []
         with FinishStep() as interrupt:
-            for _ in range(count):
+            while rows:
                 records.append(self.encoder(next(batches)))
+                rows -= len(records[-1].text_tokens)
                 self._progress.batch(len(records[-1].text_tokens), self.encoder.kept.mean or 0.0)
                 interrupt.check()
         return records

@@ -4,12 +4,14 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dde_cache.errors import InputError
 
 IMAGE_FORMATS = ("png", "jpg", "jpeg", "webp")
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,20 @@ class EncodedImage:
 
     content: bytes
     format: str
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels after decoding, from the header alone.
+
+        Raises:
+            InputError: the bytes are no image that Pillow reads.
+        """
+        try:
+            with Image.open(io.BytesIO(self.content)) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+                width, height = image.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _unreadable(self.content, error) from error
+        return (height, width) if turned else (width, height)
 
     def decode(self) -> Image.Image:
         """Decode to RGB: turned as its EXIF says, transparent parts on white, 16-bit values scaled to 8.

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from dde_cache.arrays import unit_members
+from dde_cache.buckets import UnitWork
 from dde_cache.errors import InputError
 from dde_cache.identity import ExtractConfig
 from dde_cache.partners import Partner, PartnersOfShards, Place
@@ -183,9 +184,15 @@ def predict(
     Raises:
         InputError: a sample cannot be read.
     """
-    batches = [batch for number in range(len(shards)) for batch in table.batches(number, config.batch_size)]
-    wanted = min(len(batches), max(_FEWEST_BATCHES, -(-sample // config.batch_size)))
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(batches))[:wanted])
+    random = np.random.default_rng(seed)
+    wanted = max(_FEWEST_BATCHES, -(-sample // config.batch_size))
+    batches = []
+    for number in np.sort(random.permutation(len(shards))[:wanted]).tolist():
+        work = UnitWork.of(shards[number], teacher.preprocessor, spec, config.batch_size)
+        first = table.numbers(number).start
+        batches += [[first + row for row in batch] for batch in work.batches]
+    wanted = min(len(batches), wanted)
+    chosen = np.sort(random.permutation(len(batches))[:wanted])
     together = max(1, round(min(len(table) / len(shards), max(sample, CHUNK_PAIRS)) / config.batch_size))
     dataset = extraction_dataset(shards, table, teacher.preprocessor, spec)
     encoder = TargetEncoder(teacher, spec, config.device)
@@ -224,19 +231,21 @@ def _write(
     measured: _Measured,
 ) -> None:
     """Make a unit of some batches, count its bytes, and write it to a place that is forgotten."""
-    samples: list[Sample] = []
+    samples: dict[tuple[int, str], Sample] = {}
+    rank: dict[tuple[int, str], int] = {}
     place: list[Place] = []
     partners: dict[Place, Partner] = {}
     chosen = PartnersOfShards(shards)
     for number in numbers:
         pair = table[number]
-        if not samples or samples[-1].key != pair.key:
-            samples.append(shards[pair.shard].read(pair.key))
-        # A batch may begin or end in the middle of a sample.
-        place.append((len(samples) - 1, pair.text, pair.view, pair.pass_number))
+        key = pair.shard, pair.key
+        if key not in samples:
+            rank[key] = len(samples)
+            samples[key] = shards[pair.shard].read(pair.key)
+        place.append((rank[key], pair.text, pair.view, pair.pass_number))
         if pass_name(spec.passes[pair.pass_number]) == "negative":
-            partners[place[-1]] = chosen.partner(pair, samples[-1].texts[pair.text])
-    arrays = assemble(records, samples, place, spec, partners)
+            partners[place[-1]] = chosen.partner(pair, samples[key].texts[pair.text])
+    arrays = assemble(records, list(samples.values()), place, spec, partners)
     members = unit_members(arrays, unit_attributes(arrays, spec, shards[0].name, Provenance(), {}))
     measured.count(members)
     measured.pairs += len(numbers)

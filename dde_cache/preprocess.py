@@ -52,6 +52,7 @@ class Preprocessor:
         self.processor = processor
         self.patch_size = patch_size
         self.text_length = text_length
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         images = processor.image_processor
         if images.do_resize and (not images.size_divisor or images.size_divisor % patch_size):
             raise TeacherError(
@@ -108,6 +109,17 @@ class Preprocessor:
             )
         return np.asarray(pixels, dtype=np.float32)
 
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Patch rows and columns of pictures of a size in pixels.
+
+        Raises:
+            InputError: as `pixels`.
+        """
+        if (width, height) not in self._grids:
+            rows, columns = self.pixels(Image.new("RGB", (width, height))).shape[1:]
+            self._grids[width, height] = rows // self.patch_size, columns // self.patch_size
+        return self._grids[width, height]
+
     def levels(self, pixels: Float[np.ndarray, "c y x"]) -> UInt8[np.ndarray, "c y x"]:
         """Undo what `pixels` does after resizing: the picture in 8 bits, free of the rounding errors of floats."""
         images = self.processor.image_processor
@@ -136,6 +148,6 @@ class Preprocessor:
         )
         return TokenBatch(encoded["input_ids"], encoded["attention_mask"])
 
-    def longer_than_allowed(self, texts: Sequence[str]) -> int:
-        """Count the texts that `tokens` cuts."""
-        return sum(len(ids) > self.text_length for ids in self.processor.tokenizer(list(texts))["input_ids"])
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, before `tokens` cuts it."""
+        return [len(ids) for ids in self.processor.tokenizer(list(texts), verbose=False)["input_ids"]]

@@ -236,19 +236,20 @@ def assemble(
     picture.
 
     Args:
-        records: the batches, in the order of `place`.
+        records: the batches, their rows in the order of `place`.
         samples: of the unit.
-        place: what each row of the batches is of.
+        place: what each row of the batches is of; in any order.
         spec: what is kept.
         partners: by place, of those rows that show another sample's picture.
     """
-    sample, text, view, passes = (torch.tensor(column) for column in zip(*place, strict=True))
+    order = torch.tensor(sorted(range(len(place)), key=place.__getitem__))
+    sample, text, view, passes = torch.tensor(place)[order].T
     matched = passes == 0
     images, layers = len(records[0].grids), len(spec.layers)
     each = images * layers
-    grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])
+    grid = torch.cat([torch.stack(record.grids, dim=1) for record in records])[order]
     longest = max(int(record.text_tokens.max()) for record in records)
-    token_ids = torch.cat([_to_width(record.token_ids, longest) for record in records])
+    token_ids = torch.cat([_to_width(record.token_ids, longest) for record in records])[order]
     pairs = len(place)
     columns = MapColumns(
         sample=sample.repeat_interleave(each).numpy(),
@@ -257,7 +258,7 @@ def assemble(
         view=view.repeat_interleave(each).numpy(),
         passes=passes.repeat_interleave(each).numpy(),
         layer=torch.tensor(spec.layers).repeat(images * pairs).numpy(),
-        text_tokens=torch.cat([record.text_tokens for record in records]).repeat_interleave(each).numpy(),
+        text_tokens=torch.cat([record.text_tokens for record in records])[order].repeat_interleave(each).numpy(),
         token_ids=token_ids.repeat_interleave(each, dim=0).numpy(),
         grid=grid.repeat_interleave(layers, dim=1).flatten(0, 1).numpy(),
     )
@@ -265,16 +266,18 @@ def assemble(
     hashes = [record.pixel_hashes for record in records if record.pixel_hashes is not None]
     further = partner_arrays(partners) if "partners" in spec.groups else {}
     if hashes:
-        further |= group_arrays(sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[matched].numpy())
+        further |= group_arrays(
+            sample[matched].numpy(), view[matched].numpy(), torch.cat(hashes)[order][matched].numpy()
+        )
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
         maps=columns,
-        t2i=_stack([record.t2i for record in records], keys=int(columns.image_tokens.max())),
-        i2t=_stack([record.i2t for record in records], keys=longest),
+        t2i=_stack([record.t2i for record in records], order, keys=int(columns.image_tokens.max())),
+        i2t=_stack([record.i2t for record in records], order, keys=longest),
         prediction_sample=sample[matched].numpy(),
         prediction_text=text[matched].numpy(),
-        logits=torch.cat(logits)[matched].numpy() if logits else None,
+        logits=torch.cat(logits)[order][matched].numpy() if logits else None,
         prediction_view=view[matched].numpy(),
         further=further,
     )
@@ -285,15 +288,22 @@ def _to_width(ids: Tensor, width: int) -> Tensor:
     return nn.functional.pad(ids[:, :width], (0, max(width - ids.shape[1], 0)))
 
 
-def _stack(batches: Sequence[Sequence[EncodedAttention]], keys: int) -> EncodedAttention:
-    """Batches of (image slot, layer) maps -> one array of records, those of a pair together; at most `keys` keys."""
+def _stack(batches: Sequence[Sequence[EncodedAttention]], order: Tensor, keys: int) -> EncodedAttention:
+    """Batches of (image slot, layer) maps -> one array of records, those of a pair together; at most `keys` keys.
+
+    Args:
+        batches: of maps.
+        order: which row of the batches comes first, second, ...
+        keys: of the longest key axis.
+    """
     maps = concatenate([one for batch in batches for one in batch])
-    order, start = [], 0
+    places, start = [], 0
     for batch in batches:
         pairs = len(batch[0].weight)
-        order.append(start + torch.arange(len(batch) * pairs).reshape(len(batch), pairs).T.flatten())
+        places.append(start + torch.arange(len(batch) * pairs).reshape(len(batch), pairs).T)
         start += len(batch) * pairs
-    stacked = maps.records(torch.cat(order).to(maps.weight.device)).cut(maps.weight.shape[2], keys)
+    rows = torch.cat(places)[order].flatten()
+    stacked = maps.records(rows.to(maps.weight.device)).cut(maps.weight.shape[2], keys)
     return from_parts({name: part.cpu() for name, part in stacked.parts.items()}, steps_of(stacked))
 
 

@@ -112,10 +112,9 @@ class PairTable:
         pairs = self._shards[shard]
         return Pair(shard, pairs.keys[place], int(pairs.texts[place]), view, bool(side), pass_number)
 
-    def batches(self, shard: int, batch_size: int) -> list[list[int]]:
-        """Pair numbers of one shard in file order, cut into batches."""
-        start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
-        return [list(range(first, min(first + batch_size, stop))) for first in range(start, stop, batch_size)]
+    def numbers(self, shard: int) -> range:
+        """The pairs of one shard."""
+        return range(int(self._starts[shard]), int(self._starts[shard + 1]))
 
     def shuffled(self, shuffle: Shuffle, epoch: int) -> Iterator[Int[np.ndarray, " n"]]:
         """Yield the pair numbers of an epoch, one window at a time."""

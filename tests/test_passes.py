@@ -86,8 +86,8 @@ def masks(count, length=20):
 
 
 def near(found, tries, chance):
-    """Within five standard deviations of a binomial."""
-    return abs(found - tries * chance) < 5 * math.sqrt(tries * chance * (1 - chance))
+    """Within four standard deviations of a binomial."""
+    return abs(found - tries * chance) < 4 * math.sqrt(tries * chance * (1 - chance))
 
 
 def test_fifteen_in_a_hundred_tokens_are_chosen_and_of_these_eight_in_ten_hidden():

@@ -391,7 +391,7 @@ def test_texts_are_cut_and_padded_to_the_text_length(teacher):
     assert tokens.mask.sum(-1).tolist() == [TEXT_LENGTH, 3]
     assert teacher.preprocessor.tokens(["red"]).ids.shape == (1, 3)
     assert teacher.preprocessor.tokens(["red"], full=True).ids.shape == (1, TEXT_LENGTH)
-    assert teacher.preprocessor.longer_than_allowed([long, "red"]) == 1
+    assert [length > 16 for length in teacher.preprocessor.lengths([long, "red"])] == [True, False]
 
 
 def test_pictures_are_rescaled_and_padded_with_zero(teacher):
