@@ -309,7 +309,8 @@ def test_the_page_names_every_field_and_array():
     table = page.split("### spec\n")[1].split("\n## ")[0]
     named = {name.strip() for row in re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE) for name in row.split(",")}
     assert named - {"field"} == set(TargetSpec.model_fields)
-    for name, _ in _arrays(GOLDEN / "two-images" / "units" / "000000.zarr.zip"):
+    units = [GOLDEN / cache / "units" / "000000.zarr.zip" for cache in ("two-images", "passes")]
+    for name in (name for unit in units for name, _ in _arrays(unit)):
         group, _, last = name.rpartition("/")
         if group != "maps/i2t":
             assert f"{name} |" in page or re.search(rf"\| {group}/.*\b{last}\b.* \|", page), name
