@@ -35,23 +35,29 @@ from dde_cache.targets import CacheTargets
 from dde_cache.verify import verify
 
 SHAPE: TeacherShape = replace(TINY, side=64)
-CONFIGS = {"sqrt8": ExtractConfig(batch_size=4), "log8": ExtractConfig(k=3, batch_size=4)}
-"""Every key, as is the default, and the strongest three."""
+CONFIGS = {
+    "sqrt8": ExtractConfig(batch_size=4),
+    "log8": ExtractConfig(k=3, batch_size=4),
+    "beside": ExtractConfig(targets=("cross", "whole", "hidden"), batch_size=4),
+}
+"""Every key, as is the default; the strongest three; and with everything that may lie beside the maps."""
 
 
 def read_targets(cache: Cache, shards: Sequence[Shard]) -> list[np.ndarray]:
     """Every target of every pair, decoded, as training sees them."""
     table = join(shards, cache, "error").table
-    reader = CacheTargets(cache, shards, cache.spec.layers[-1])
+    spec = cache.spec
+    reader = CacheTargets(cache, shards, spec.layers[-1], rows=spec.rows, hidden=spec.hidden_width is not None)
     for number, shard in enumerate(shards):
         for sample in shard:
             reader.check(number, sample)
     batch = reader.targets([table[number] for number in range(len(table))])
     read = [batch["token_ids"].numpy(), batch["grid"].numpy(), batch["logits"].numpy()]
-    for direction in ("t2i", "i2t"):
-        steps = cache.spec.steps
-        encoded = from_parts({name: batch[f"{direction}.{name}"] for name in part_names(steps)}, steps)
-        read.append(dense_rows(encoded, max(batch["t2i.weight"].shape[2], batch["i2t.weight"].shape[2])).numpy())
+    keys = batch["t2i.weight"].shape[2] + batch["i2t.weight"].shape[2]
+    for kind in spec.rows:
+        encoded = from_parts({name: batch[f"{kind}.{name}"] for name in part_names(spec.steps)}, spec.steps)
+        read.append(dense_rows(encoded, keys).numpy())
+    read += [batch[name].numpy() for name in ("hidden/text", "hidden/image") if name in batch]
     _ = cache.labels, cache.teacher_config
     return read
 

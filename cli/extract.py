@@ -36,6 +36,10 @@ def extract(
         None, help="sqrt8 (every key), log8, float16 or float32. Default sqrt8; with --k or --mass, log8."
     ),
     sqrt_steps: int | None = typer.Option(None, help=f"sqrt8: levels of a weight's square root. Default {STEPS}."),
+    targets: str | None = typer.Option(
+        None,
+        help="cross (attention over the other modality), and perhaps whole and hidden, with commas. Default cross.",
+    ),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas. Default: the last."),
     heads: str | None = typer.Option(None, help="all or mean. Default all."),
     queries: str | None = typer.Option(None, help="valid, or all (the published recipe's padded rows too)."),
@@ -68,6 +72,7 @@ def extract(
         assignments=("k=null",) if k == "all" else (),
         k=_kept(k) if mass is None else max_k or MAX_K,
         mass=mass,
+        targets=None if targets is None else tuple(targets.split(",")),
         layers=layer_numbers(layers),
         weights=weights,
         steps=sqrt_steps,

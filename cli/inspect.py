@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from dde_cache.spec import TargetSpec
 from dde_cache.summary import CacheSummary, PairLinks, pair_links, summarise
 
 from .console import console, print_json
@@ -55,6 +56,7 @@ def _identity_table(summary: CacheSummary, cache: str) -> Table:
         + (" (mean)" if spec.heads == "mean" else "")
         if spec.layers
         else "none",
+        "beside them": _further(spec),
         "views": f"{spec.views} ({spec.view}); passes: {', '.join(spec.passes)}",
         "kept": f"{spec.kept}, {spec.weights} weights{steps}, {spec.queries} rows",
         "logits": "none" if spec.classes is None else labels,
@@ -70,6 +72,12 @@ def _identity_table(summary: CacheSummary, cache: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _further(spec: TargetSpec) -> str:
+    found = ["rows over the whole sequence"] if spec.has_whole else []
+    found += [] if spec.hidden_width is None else [f"hidden states of width {spec.hidden_width}"]
+    return ", ".join(found) or "none"
 
 
 def _range(ends: tuple[int, int] | None) -> str:

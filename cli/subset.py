@@ -23,7 +23,7 @@ def subset(
     units: list[str] = typer.Option([], help="Unit or shard name, with * and ?; may be given again."),
     keys: list[Path] = typer.Option([], help="Text file of sample keys, one a line; may be given again."),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas."),
-    fields: str | None = typer.Option(None, help="maps, predictions, or both with a comma."),
+    fields: str | None = typer.Option(None, help="Of maps, predictions, whole, hidden: what to keep, with commas."),
     link: bool = typer.Option(False, "--link", help="Hard-link units that are kept whole."),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
@@ -49,7 +49,7 @@ def _tables(text: str | None) -> tuple[CacheTable, ...] | None:
     known: dict[str, CacheTable] = {name: name for name in get_args(CacheTable)}
     unknown = [name for name in text.split(",") if name not in known]
     if unknown:
-        raise InputError(f"expected --fields maps, predictions or maps,predictions, got {text!r}")
+        raise InputError(f"expected --fields of {', '.join(known)}, with commas, got {text!r}")
     return tuple(known[name] for name in text.split(","))
 
 

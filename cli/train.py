@@ -56,7 +56,7 @@ def train(
     task_name: str | None = typer.Option(
         None, "--task", help="classification, vqa, nlvr2, entailment, retrieval, or module:Class of your own."
     ),
-    preset: str | None = typer.Option(None, help="A published recipe: dide."),
+    preset: str | None = typer.Option(None, help=f"A published recipe: {', '.join(PRESETS)}."),
     config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
     on_missing: str = typer.Option("error", help="Samples without targets, or the reverse: error or skip."),
@@ -67,6 +67,15 @@ def train(
     learning_rate: float | None = typer.Option(None),
     precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
     seed: int | None = typer.Option(None),
+    directions: str | None = typer.Option(None, help="Queries of the attention loss: t2i, i2t or both."),
+    attention: str | None = typer.Option(None, help="Its keys: cross (the other modality's), or whole (all tokens')."),
+    layer_map: str | None = typer.Option(
+        None, help="Teacher:student blocks, as 3:2,7:5; or `same`. Default last:last."
+    ),
+    heads: str | None = typer.Option(None, help="all (head by head) or mean. Default: as the targets have them."),
+    queries: str | None = typer.Option(None, help="Query rows that count: valid, or all (the padded ones too)."),
+    temperature: float | None = typer.Option(None, help="Of the soft labels. Default 1."),
+    hidden_weight: float | None = typer.Option(None, help="Of the hidden states' squared error. Default 0."),
     tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
     workers: int | None = typer.Option(None, help="Processes that read ahead."),
     remap_flips: bool = typer.Option(
@@ -93,6 +102,13 @@ def train(
         "learning_rate": learning_rate,
         "precision": precision,
         "seed": seed,
+        "directions": directions,
+        "attention": attention,
+        "layer_map": layer_map,
+        "heads": heads,
+        "queries": queries,
+        "temperature": temperature,
+        "hidden_weight": hidden_weight,
         "tail": tail,
         "workers": workers,
         "remap_flips": remap_flips or None,

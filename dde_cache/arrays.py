@@ -13,7 +13,7 @@ from dde_cache.blocks import MAX_BYTES
 from dde_cache.codec import EncodedAttention, EncodedSparse
 from dde_cache.errors import CacheError
 from dde_cache.layout import MAP_COLUMNS, PREDICTION_COLUMNS
-from dde_cache.spec import UnitAttributes
+from dde_cache.spec import WHOLE, UnitAttributes
 from dde_cache.stream import CHUNK_PAIRS
 
 _MAP_LEVEL = 9
@@ -46,7 +46,8 @@ class UnitArrays:
 
     Records are sorted by (sample, text, view, pass, image, layer). Query axes are padded to the unit's longest record.
     `maps` and both directions are None where only predictions are kept, `logits` where only maps are; views and passes
-    of predictions are None where each is 0. `further` holds the arrays of other groups by their whole names.
+    of predictions are None where each is 0. `whole` holds the rows over the whole sequence, `t2w` and `i2w`; `further`
+    the arrays of other groups by their whole names.
     """
 
     keys: Sequence[str]
@@ -60,6 +61,7 @@ class UnitArrays:
     prediction_view: Int[np.ndarray, " p"] | None = None
     prediction_pass: Int[np.ndarray, " p"] | None = None
     further: Mapping[str, np.ndarray] = field(default_factory=dict)
+    whole: Mapping[str, EncodedAttention] = field(default_factory=dict)
 
 
 def key_arrays(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,6 +94,8 @@ def unit_members(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str,
         for name, dtype in PREDICTION_COLUMNS.items():
             _put(predictions, name, columns[name].astype(dtype), 2**16)
         _put(predictions, "logits", arrays.logits.astype(np.float32), CHUNK_PAIRS)
+    if arrays.whole:
+        _put_attention(root.create_group(WHOLE), arrays.whole)
     for path, values in arrays.further.items():
         group, _, name = path.rpartition("/")
         # Short rows of a group that we know; of others nothing is known.
@@ -102,10 +106,13 @@ def unit_members(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str,
 def _fill_maps(maps: zarr.Group, table: MapColumns, directions: Mapping[str, EncodedAttention | None]) -> None:
     for name, dtype in MAP_COLUMNS.items():
         _put(maps, name, getattr(table, "passes" if name == "pass" else name).astype(dtype), 2**16)
-    for direction, attention in directions.items():
-        if attention is None:
-            continue
-        group = maps.create_group(direction)
+    _put_attention(maps, {name: attention for name, attention in directions.items() if attention is not None})
+
+
+def _put_attention(parent: zarr.Group, kinds: Mapping[str, EncodedAttention]) -> None:
+    """Write attention rows, each kind in a group of its own."""
+    for name_of_rows, attention in kinds.items():
+        group = parent.create_group(name_of_rows)
         # Keys lie in their order and compress along it; slots fall, and compress slot by slot. The record stays the
         # first axis: one copy takes it out, for 1.3 % more bytes than slots before records.
         sparse = isinstance(attention, EncodedSparse)

@@ -54,6 +54,12 @@ def query_rows(attention: Attention, position: Int[Tensor, "b n"]) -> Attention:
     return attention.gather(2, position[:, None, :, None].expand(-1, heads, -1, keys))
 
 
+def mean_over_heads(attention: Attention, keys: int) -> Float[Tensor, "b 1 q k"]:
+    """The mean of the heads' rows on an axis of `keys` positions; of sparse rows every key must have been kept."""
+    rows = densify(attention, keys) if isinstance(attention, SparseAttention) else attention
+    return rows.mean(1, keepdim=True)
+
+
 def attention_logits(
     query: Float[Tensor, "b h q d"], key: Float[Tensor, "b h k d"], scale: float
 ) -> Float[Tensor, "b h q k"]:
@@ -75,6 +81,11 @@ def block_softmax(
     Equals the block of the whole-sequence attention divided by its row sum (DiDE, arXiv 2112.08723, P_t2i and P_i2t).
     """
     return mask_keys(attention_logits(query, key, scale), key_mask).softmax(-1)
+
+
+def valid_first(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Positions of each row with the valid ones first, otherwise in their order."""
+    return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
 
 
 def sparsify(attention: Float[Tensor, "b h q k"], k: int | None, mass: float | None = None) -> SparseAttention:

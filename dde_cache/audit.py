@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from dde_cache.bounds import inconsistent, unsafe
+from dde_cache.bounds import inconsistent, not_finite, unsafe
 from dde_cache.errors import CacheError
-from dde_cache.layout import KNOWN_GROUPS, PARTNER_COLUMNS, VIEW_COLUMNS, array_names
+from dde_cache.layout import GROUP_OF_ROWS, HIDDEN_ARRAYS, PARTNER_COLUMNS, VIEW_COLUMNS, array_names, known_groups
 from dde_cache.partners import read_partners
 from dde_cache.passes import NEGATIVE
-from dde_cache.spec import hash_keys
+from dde_cache.spec import HIDDEN, Rows, hash_keys
 from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import MapColumns, Unit
 
@@ -94,7 +94,7 @@ def _short(error: CacheError, unit: Unit) -> str:
 
 def _members(unit: Unit) -> Iterator[Problem]:
     """Checksums of the zip, and members that no array has. Groups that are not required may hold anything."""
-    blocks, optional = unit.blocks, set(unit.attributes.groups) - KNOWN_GROUPS
+    blocks, optional = unit.blocks, set(unit.attributes.groups) - known_groups(unit.attributes.spec)
     expected = {"zarr.json"}
     for name in array_names(unit.attributes):
         parts = name.split("/")
@@ -157,8 +157,11 @@ def _maps(unit: Unit) -> Iterator[Problem]:
     behind = int(((maps.token_ids != 0) & padding).any(-1).sum())
     if behind:
         yield Problem("tokens", "token ids behind the valid tokens", behind)
-    for direction in unit.attributes.spec.directions:
-        yield from _attention(unit, maps, direction)
+    for name in unit.attributes.spec.rows:
+        yield from _attention(unit, maps, name)
+    if unit.attributes.spec.hidden_width is not None:
+        for array, tokens in zip(HIDDEN_ARRAYS, (maps.text_tokens, maps.image_tokens), strict=True):
+            yield from _hidden(unit, array, tokens)
 
 
 def _order(unit: Unit, columns: list[np.ndarray], table: str) -> Iterator[Problem]:
@@ -202,7 +205,26 @@ def _pairs(sample: np.ndarray, text: np.ndarray) -> int:
     return len(np.unique(sample.astype(np.int64) << 16 | text.astype(np.int64)))
 
 
-def _attention(unit: Unit, maps: MapColumns, direction: str) -> Iterator[Problem]:
+def _hidden(unit: Unit, array: str, tokens: np.ndarray) -> Iterator[Problem]:
+    """Hidden states are finite, and 0 behind the valid tokens; a chunk at a time."""
+    infinite = behind = 0
+    for start in range(0, len(tokens), CHUNK_PAIRS):
+        rows = slice(start, start + CHUNK_PAIRS)
+        try:
+            states = unit.array(f"{HIDDEN}/{array}", rows)
+        except CacheError as error:
+            yield Problem("checksum", _short(error, unit))
+            continue
+        infinite += int(not_finite(states).any((1, 2)).sum())
+        padding = np.arange(states.shape[1])[None] >= tokens[rows][:, None]
+        behind += int((states.view(np.uint16).any(-1) & padding).any(-1).sum())
+    if infinite:
+        yield Problem("rows", f"{HIDDEN}/{array}: not finite", infinite)
+    if behind:
+        yield Problem("rows", f"{HIDDEN}/{array}: states behind the valid tokens", behind)
+
+
+def _attention(unit: Unit, maps: MapColumns, direction: Rows) -> Iterator[Problem]:
     """All numbers of one direction, a chunk at a time."""
     spec = unit.attributes.spec
     filled, keys = unit.filled(direction)
@@ -221,7 +243,7 @@ def _attention(unit: Unit, maps: MapColumns, direction: str) -> Iterator[Problem
             for problem, count in inconsistent(parts, filled[rows], keys[rows], spec).items():
                 found["rows", problem] = found.get(("rows", problem), 0) + count
     for (kind, problem), count in found.items():
-        yield Problem(kind, f"maps/{direction}: {problem}", count)
+        yield Problem(kind, f"{GROUP_OF_ROWS[direction]}/{direction}: {problem}", count)
 
 
 def _predictions(unit: Unit) -> Iterator[Problem]:

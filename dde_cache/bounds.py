@@ -8,7 +8,7 @@ each other. Axis names: r records, h heads, q query rows, s slots, k keys.
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from dde_cache.codec import EMPTY, RELATIVE_ERROR, STEPS_AN_OCTAVE, ends_of_codes
 from dde_cache.spec import TargetSpec, Weights
@@ -50,6 +50,11 @@ def inconsistent(
         return _inconsistent_dense(parts["weight"], rows, keys, spec.steps)
     valid = np.arange(parts["tail"].shape[2])[None] < rows[:, None]
     return _inconsistent_sparse(parts["index"], parts["weight"], parts["tail"], valid, spec.weights)
+
+
+def not_finite(values: Float[np.ndarray, "r n w"]) -> Bool[np.ndarray, "r n w"]:
+    """Where a float16 is infinite or NaN: its exponent is all ones. Several times faster than `isfinite` of float16."""
+    return (values.view(np.uint16) & 0x7C00) == 0x7C00
 
 
 def _unsafe_dense(code: Int[np.ndarray, "r h q k"], rows: np.ndarray, keys: np.ndarray, steps: int) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dde_cache.assets import is_plain_file
-from dde_cache.spec import Manifest, Provenance
+from dde_cache.spec import Manifest, Provenance, TargetSpec
 from dde_cache.store import CacheWriter, read_manifest, write_manifest, write_text
 from dde_cache.unit import hash_file
 
@@ -103,6 +103,12 @@ def to_fill_in(card: str) -> list[str]:
     return [line.strip("| ").split("|")[0].split(":")[0].strip() for line in lines if _TO_FILL_IN in line]
 
 
+def _kept(spec: TargetSpec) -> str:
+    """Which keys are kept, and what lies beside the maps, in words."""
+    whole = "; also rows over the whole sequence" if spec.has_whole else ""
+    return spec.kept + whole + ("" if spec.hidden_width is None else f"; hidden states of width {spec.hidden_width}")
+
+
 def _facts(manifest: Manifest, provenance: Provenance, place: str) -> str:
     """What the program knows of a cache, in Markdown."""
     spec, units = manifest.spec, manifest.units
@@ -119,7 +125,7 @@ def _facts(manifest: Manifest, provenance: Provenance, place: str) -> str:
 |---|---|
 | teacher | `{provenance.teacher}` ({spec.teacher.family}), weights {spec.teacher.weights[:16]} |
 | shards | `{provenance.shards}`: {named} |
-| maps | layers {", ".join(map(str, spec.layers))} of {spec.teacher_layers}, {spec.stored_heads} heads; {spec.kept} |
+| maps | layers {", ".join(map(str, spec.layers))} of {spec.teacher_layers}, {spec.stored_heads} heads; {_kept(spec)} |
 | weights | {spec.weights}{"" if spec.steps is None else f" of {spec.steps} steps"}; query rows: {spec.queries} |
 | shown to the teacher | {spec.views} {"view" if spec.views == 1 else "views"} ({spec.view}); {"; ".join(spec.passes)} |
 | logits | {"none" if spec.classes is None else f"{spec.classes} answers"} |

@@ -1,56 +1,38 @@
 """What a student is taught: where its targets come from, and the losses that compare it with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
-from pydantic import Field, model_validator
+from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViltConfig
 
-from dde_cache.attention import Attention, query_rows, sparsify
+from dde_cache.attention import Attention, mean_over_heads, query_rows, sparsify, valid_first
 from dde_cache.batches import Batch, pictures_of, tokens_of
+from dde_cache.choices import SAME, DistillConfig, LayerPair
 from dde_cache.join import OnMissing
-from dde_cache.losses import Tail, attention_kl, log_attention, weighted_sum
+from dde_cache.layout import HIDDEN_ARRAYS
+from dde_cache.losses import attention_kl, log_attention, weighted_sum
 from dde_cache.preprocess import Preprocessor
-from dde_cache.runs import FitConfig
+from dde_cache.spec import HIDDEN, Rows
 from dde_cache.store import Cache
 from dde_cache.student import DualEncoderOutput, TowerOutput
-from dde_cache.targets import decoded
+from dde_cache.targets import decoded, slot_name
 from dde_cache.tasks import load_task
-from dde_cache.teacher import FusionTeacher
+from dde_cache.teacher import FusionTeacher, HiddenStates
 from dde_cache.terms import Objective, Sizes, Term
 from dde_cache.vilt import image_tokens
 
 
-class TrainConfig(FitConfig):
-    """How a student is trained. A weight of 0 leaves a loss out, and its targets are then not read."""
+class TrainConfig(DistillConfig):
+    """How a student is trained."""
 
     task: str = Field(default="classification", description="a name of dde_cache.tasks, or module:Class")
-    attention_weight: float = Field(default=1.0, ge=0)
-    soft_weight: float = Field(default=1.0, ge=0)
-    hard_weight: float = Field(default=0.0, ge=0)
-    tail: Tail = Field(
-        default="bucket", description="how the mass of the keys that were not kept counts; nothing where all were"
-    )
-    queries: Literal["valid", "all"] = Field(
-        default="valid",
-        description="query rows in the mean of the attention loss: valid ones, or padding too (published)",
-    )
-    layer: int | None = Field(default=None, ge=0, description="the cache's layer to learn from; null: its last")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    remap_flips: bool = Field(
-        default=False, description="mirror every other picture, and its stored maps with it: an approximation"
-    )
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> "TrainConfig":
-        if not (self.attention_weight or self.soft_weight or self.hard_weight):
-            raise ValueError("expected at least one of attention_weight, soft_weight and hard_weight above 0")
-        return self
 
 
 @dataclass(frozen=True)
@@ -96,68 +78,113 @@ IMAGE_TOKENS = "image_tokens"
 published mean counts for each."""
 
 
-class Taught(NamedTuple):
-    """What the teacher gave for a batch: both maps of each image slot, and logits [b, c]; empty where nobody asks."""
+PROJECTIONS = "hidden_projections"
+"""Where a student in training holds the maps from its hidden states to the teacher's, one a pair of layers. They are
+part of a checkpoint, but not of the student that is saved."""
 
-    t2i: Sequence[Attention] = ()
-    i2t: Sequence[Attention] = ()
+
+class Taught(NamedTuple):
+    """What the teacher gave for a batch; empty where nobody asks.
+
+    Attributes:
+        rows: attention rows by (kind, image slot, number of the layer pair).
+        hidden: hidden states of text and picture by (image slot, number of the layer pair).
+        logits: [b, c].
+    """
+
+    rows: Mapping[tuple[Rows, int, int], Attention]
+    hidden: Mapping[tuple[int, int], HiddenStates]
     logits: Any = None
 
 
 class Compared(NamedTuple):
-    """What the terms of a batch compare."""
+    """What the terms of a batch compare; `projections` by the number of the layer pair, for hidden states."""
 
     student: DualEncoderOutput
     taught: Taught
+    projections: Any = None
+
+
+class _Place(NamedTuple):
+    """What an attention term compares: the kind of rows, the image slot, and the pair of layers with its number."""
+
+    rows: Rows
+    image: int
+    number: int
+    layers: LayerPair
+
+    @property
+    def of_text(self) -> bool:
+        return self.rows in ("t2i", "t2w")
 
 
 class StudentLosses(Objective[Compared]):
-    """The terms of a batch: attention in both directions (`t2i`, `i2t`), `soft`, `hard`, and their weighted sum `loss`.
+    """The terms of a batch: attention (`t2i`, `i2t`, or `t2w`, `i2w`), `hidden`, `soft` and `hard`.
 
     Attention is a mean over heads and query rows of the global batch (DiDE, L_attn). With two images a sample, the
-    terms of each have its slot in their names and are summed (DiDE, NLVR2). With queries `all`, every padded row
+    terms of each have its slot in their names and are summed (DiDE, NLVR2); with several pairs of layers, those of each
+    have its name behind (`t2i@3:2`), and weigh one part in so many: a mean. With queries `all`, every padded row
     counts, as published: padded text rows one by one; padded image rows of a sample are all alike, so the one that the
     teacher stored, behind its last valid row, stands for each of them.
+
+    Hidden states: mean over the valid tokens of text and picture, and over the width, of the squared distance between
+    the teacher's and the student's, the latter mapped by a learned linear projection. Soft labels at temperature T:
+    T^2 x the task's loss of both logits over T (Hinton, arXiv 1503.02531).
     """
 
     def __init__(self, config: TrainConfig, targets: Targets, mean_heads: bool) -> None:
         self._config, self._targets, self._mean_heads = config, targets, mean_heads
         self._every = config.queries == "all"
         self._images = images_of(targets) or 1
-        task = load_task(config.task)
-        table: dict[str, Term[Compared]] = {}
-        weight = config.attention_weight
-        for image in range(self._images):
-            name = str(image) if self._images > 1 else ""
-            table[f"t2i{name}"] = Term(weight, self._text_rows, partial(self._t2i, image))
-            table[f"i2t{name}"] = Term(weight, partial(self._image_rows, image), partial(self._i2t, image))
-        table["soft"] = Term(
-            config.soft_weight,
-            lambda batch, _sizes: len(batch["pair"]),
-            lambda compared, _batch, _sizes: task.soft_sum(compared.student.logits, compared.taught.logits),
-        )
+        self._pairs = layers_of(targets, config)
+        task, heat = load_task(config.task), config.temperature
         hard = Term[Compared](
             config.hard_weight,
             lambda batch, _sizes: task.hard_rows(batch),
             lambda compared, batch, _sizes: task.hard_sum(compared.student, batch),
         )
-        table["hard"] = hard
         if isinstance(targets, LabelsOnly):
             table = {"hard": replace(hard, weight=1.0)}
+        else:
+            table = self._records()
+            table["soft"] = Term(
+                config.soft_weight * heat**2,
+                lambda batch, _sizes: len(batch["pair"]),
+                lambda compared, _batch, _sizes: task.soft_sum(
+                    compared.student.logits / heat, compared.taught.logits / heat
+                ),
+            )
+            table["hard"] = hard
         super().__init__(self._compare, {name: term for name, term in table.items() if term.weight}, self._padded)
+
+    def _records(self) -> dict[str, Term[Compared]]:
+        """Terms of attention and hidden states."""
+        config, table = self._config, dict[str, Term[Compared]]()
+        share = 1 / len(self._pairs)
+        for number, layers in enumerate(self._pairs):
+            behind = f"@{layers.name}" if len(self._pairs) > 1 else ""
+            for image in range(self._images):
+                slot = str(image) if self._images > 1 else ""
+                for rows in config.rows:
+                    place = _Place(rows, image, number, layers)
+                    table[f"{rows}{slot}{behind}"] = Term(
+                        config.attention_weight * share, partial(self._rows, place), partial(self._attention, place)
+                    )
+                table[f"hidden{slot}{behind}"] = Term(
+                    config.hidden_weight * share,
+                    partial(self._tokens, image),
+                    partial(self._hidden, image, number, layers),
+                )
+        return table
 
     def _compare(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Compared:
         config, targets = self._config, self._targets
         output = student_output(model, batch, sizes)
         if isinstance(targets, LabelsOnly):
-            return Compared(output, Taught())
-        if isinstance(targets, OnlineTargets):
-            return Compared(output, online_targets(targets, batch, config))
-        maps: dict[str, list[Attention]] = {"t2i": [], "i2t": []}
-        if config.attention_weight:
-            steps = targets.cache.spec.steps
-            maps = {name: [decoded(batch, name, steps, image) for image in range(self._images)] for name in maps}
-        return Compared(output, Taught(**maps, logits=batch.get("target.logits")))
+            return Compared(output, Taught({}, {}))
+        give = online_targets if isinstance(targets, OnlineTargets) else _cached_targets
+        taught = give(targets, batch, config, self._pairs)  # type: ignore[arg-type]
+        return Compared(output, taught, getattr(model, PROJECTIONS, None))
 
     def _padded(self, batch: Batch) -> Sizes:
         if not self._every:
@@ -166,31 +193,68 @@ class StudentLosses(Objective[Compared]):
             f"{IMAGE_TOKENS}{image}": int(image_tokens(batch[f"grid{image}"]).max()) for image in range(self._images)
         }
 
-    def _text_rows(self, batch: Batch, _sizes: Sizes) -> int:
-        mask = batch["attention_mask"]
-        return mask.numel() if self._every else int(mask.sum())
+    def _rows(self, place: _Place, batch: Batch, sizes: Sizes) -> int:
+        """Query rows that count."""
+        if place.of_text:
+            mask = batch["attention_mask"]
+            return mask.numel() if self._every else int(mask.sum())
+        grid = batch[f"grid{place.image}"]
+        return len(grid) * sizes[f"{IMAGE_TOKENS}{place.image}"] if self._every else int(image_tokens(grid).sum())
 
-    def _image_rows(self, image: int, batch: Batch, sizes: Sizes) -> int:
-        grid = batch[f"grid{image}"]
-        return len(grid) * sizes[f"{IMAGE_TOKENS}{image}"] if self._every else int(image_tokens(grid).sum())
+    def _tokens(self, image: int, batch: Batch, _sizes: Sizes) -> int:
+        """Valid tokens of texts and pictures."""
+        return int(batch["attention_mask"].sum() + image_tokens(batch[f"grid{image}"]).sum())
 
-    def _t2i(self, image: int, compared: Compared, batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:
-        text, tower, teacher = compared.student.text, _tower(compared.student, image), compared.taught.t2i[image]
-        # The teacher's keys end with the largest picture of this batch, the student's with that of the global one.
-        keys = int(image_tokens(batch[f"grid{image}"]).max())
-        mask = tower.mask[:, :keys]
-        log = log_attention(text.query_key.query, tower.query_key.key[:, :, :keys], mask, mean_heads=self._mean_heads)
-        rows = torch.ones_like(text.mask) if self._every else text.mask
+    def _attention(self, place: _Place, compared: Compared, batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:
+        text, image = compared.student.text, _tower(compared.student, place.image)
+        teacher = compared.taught.rows[place.rows, place.image, place.number]
+        asking = text if place.of_text else image
+        query = asking.block(place.layers.student).query_key.query
+        key, mask = self._keys(place, text, image, batch)
+        log = log_attention(query, key, mask, mean_heads=self._mean_heads)
+        if self._mean_heads:
+            teacher = mean_over_heads(teacher, mask.shape[1])
+        if self._every and not place.of_text:
+            position = torch.arange(image.mask.shape[1], device=image.mask.device)[None]
+            teacher = query_rows(teacher, torch.minimum(position, image.mask.sum(-1, keepdim=True)))
+        rows = torch.ones_like(asking.mask) if self._every else asking.mask
         return weighted_sum(attention_kl(teacher, log, mask, self._config.tail), rows.float())
 
-    def _i2t(self, image: int, compared: Compared, _batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:
-        text, tower, teacher = compared.student.text, _tower(compared.student, image), compared.taught.i2t[image]
-        log = log_attention(tower.query_key.query, text.query_key.key, text.mask, mean_heads=self._mean_heads)
-        rows = torch.ones_like(tower.mask) if self._every else tower.mask
-        if self._every:
-            position = torch.arange(tower.mask.shape[1], device=tower.mask.device)[None]
-            teacher = query_rows(teacher, torch.minimum(position, tower.mask.sum(-1, keepdim=True)))
-        return weighted_sum(attention_kl(teacher, log, text.mask, self._config.tail), rows.float())
+    def _keys(
+        self, place: _Place, text: TowerOutput, image: TowerOutput, batch: Batch
+    ) -> tuple[Float[Tensor, "b h k d"], Bool[Tensor, "b k"]]:
+        """The student's keys, in the order of the teacher's, and which are valid."""
+        text_key, image_key = (side.block(place.layers.student).query_key.key for side in (text, image))
+        # The teacher's keys end with the largest picture of this batch, the student's with that of the global one.
+        tokens = image_tokens(batch[f"grid{place.image}"])
+        most = int(tokens.max())
+        if place.rows == "t2i":
+            return image_key[:, :, :most], image.mask[:, :most]
+        if place.rows == "i2t":
+            return text_key, text.mask
+        key, mask = torch.cat([text_key, image_key], dim=2), torch.cat([text.mask, image.mask], dim=1)
+        order = valid_first(mask)[:, : _longest(batch, place.image)]
+        heads, width = key.shape[1], key.shape[3]
+        return key.gather(2, order[:, None, :, None].expand(-1, heads, -1, width)), mask.gather(1, order)
+
+    def _hidden(
+        self, image: int, number: int, layers: LayerPair, compared: Compared, _batch: Batch, _sizes: Sizes
+    ) -> Float[Tensor, ""]:
+        taught = compared.taught.hidden[image, number]
+        sides = ((compared.student.text, taught.text), (_tower(compared.student, image), taught.image))
+        total = compared.student.text.pooled.new_zeros((), dtype=torch.float32)
+        for tower, teacher in sides:
+            found = compared.projections[number](tower.block(layers.student).states).float()
+            # Padding is longer on either side: what both have holds every valid token.
+            shared = min(found.shape[1], teacher.shape[1])
+            error = (found[:, :shared] - teacher[:, :shared].float()).square().mean(-1)
+            total = total + torch.where(tower.mask[:, :shared], error, 0.0).sum()
+        return total
+
+
+def _longest(batch: Batch, image: int) -> int:
+    """Valid tokens of the longest pair, text and picture together."""
+    return int((batch["attention_mask"].sum(-1).cpu() + image_tokens(batch[f"grid{image}"])).max())
 
 
 def _tower(student: DualEncoderOutput, image: int) -> TowerOutput:
@@ -204,14 +268,51 @@ def images_of(targets: Targets) -> int | None:
     return targets.cache.spec.images if isinstance(targets, CachedTargets) else targets.teacher.images
 
 
-def online_targets(targets: OnlineTargets, batch: Batch, config: TrainConfig) -> Taught:
+def layers_of(targets: Targets, config: DistillConfig) -> tuple[LayerPair, ...]:
+    """The pairs of layers that are compared; without a teacher they mean nothing."""
+    if isinstance(targets, OnlineTargets):
+        # The layer that it was made for is the last of those that can be had.
+        last = targets.layer
+        return config.pairs([*range(targets.teacher.layers)] if config.layer_map == SAME else [last])
+    return config.pairs(targets.cache.spec.layers if isinstance(targets, CachedTargets) else ())
+
+
+def _cached_targets(targets: CachedTargets, batch: Batch, config: DistillConfig, pairs: Sequence[LayerPair]) -> Taught:
+    """Decode what the reader put into the batch."""
+    spec, numbers = targets.cache.spec, range(len(pairs))
+    places = [(image, number) for image in range(spec.images) for number in numbers]
+    rows = {
+        (name, image, number): decoded(batch, name, spec.steps, image, number)
+        for name in config.rows
+        for image, number in places
+    }
+    hidden = {
+        (image, number): HiddenStates(
+            *(batch[f"target.{slot_name(f'{HIDDEN}/{name}', image, number)}"] for name in HIDDEN_ARRAYS)
+        )
+        for image, number in places
+        if config.hidden_weight
+    }
+    return Taught(rows, hidden, batch.get("target.logits"))
+
+
+def online_targets(targets: OnlineTargets, batch: Batch, config: DistillConfig, pairs: Sequence[LayerPair]) -> Taught:
     """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one."""
+    whole, hidden = config.attention == "whole" and bool(config.rows), bool(config.hidden_weight)
     output = targets.teacher(
-        tokens_of(batch), pictures_of(batch), [targets.layer], padded_queries=config.queries == "all"
+        tokens_of(batch),
+        pictures_of(batch),
+        [pair.teacher for pair in pairs],
+        padded_queries=config.queries == "all",
+        whole=whole,
+        hidden=hidden,
     )
-    if not config.attention_weight:
-        return Taught(logits=output.logits)
-    held = [output.attention[image, targets.layer] for image in range(targets.teacher.images)]
-    # The padded image token that a teacher needs for its query row is no key of the student's.
-    t2i, i2t = ([sparsify(getattr(maps, name), None) for maps in held] for name in ("t2i", "i2t"))
-    return Taught(t2i, i2t, output.logits)
+    places = [(image, number) for image in range(targets.teacher.images) for number in range(len(pairs))]
+    rows: dict[tuple[Rows, int, int], Attention] = {}
+    for name in config.rows:
+        for image, number in places:
+            # The padded image token that a teacher needs for its query row is no key of the student's.
+            found = output.rows(name, image, pairs[number].teacher)
+            rows[name, image, number] = sparsify(found[..., : _longest(batch, image)] if whole else found, None)
+    states = {(image, number): output.hidden[image, pairs[number].teacher] for image, number in places if hidden}
+    return Taught(rows, states, output.logits)

@@ -12,12 +12,13 @@ from pydantic import Field
 from dde_cache.batches import Batch, batch_loader, torch_device
 from dde_cache.buckets import UnitWork
 from dde_cache.card import close_with_card
+from dde_cache.encoder import Records, TargetEncoder
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.identity import DTYPES, ExtractConfig, provenance_of, save_assets, target_spec
 from dde_cache.interrupt import FinishStep
 from dde_cache.partners import check_partners
 from dde_cache.plan import SAMPLE, ExtractPlan, Prediction, check_room, free_bytes, generous_bytes, predict
-from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, unit_attributes
+from dde_cache.records import assemble, extraction_dataset, unit_attributes
 from dde_cache.samples import Shard
 from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry
 from dde_cache.store import UNITS, CacheWriter, manifest_to_continue

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -14,7 +14,21 @@ from dde_cache.errors import InputError
 from dde_cache.partners import EXCHANGED
 from dde_cache.passes import RECIPES, PassName, Words, ordered, pass_name
 from dde_cache.samples import Shard
-from dde_cache.spec import Dtype, Heads, Model, Provenance, Queries, TargetSpec, TeacherIdentity, Weights, hash_json
+from dde_cache.spec import (
+    HIDDEN,
+    HIDDEN_STATES,
+    WHOLE,
+    WHOLE_ROWS,
+    Dtype,
+    Heads,
+    Model,
+    Provenance,
+    Queries,
+    TargetSpec,
+    TeacherIdentity,
+    Weights,
+    hash_json,
+)
 from dde_cache.teacher import FusionTeacher
 from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, PIXEL_HASH, parse_recipe, recipe_name
 
@@ -32,8 +46,16 @@ KEPT = 8
 """Most kept keys a row where weights are sparse and nothing is said."""
 
 
+Target = Literal["cross", "whole", "hidden"]
+
+
 class ExtractConfig(Model):
     """What is extracted, and how."""
+
+    targets: tuple[Target, ...] = Field(
+        default=("cross",),
+        description="cross: attention over the other modality; whole: over every token; hidden: hidden states",
+    )
 
     k: int | None = Field(
         default=None, ge=1, description="most kept keys a row; null: all. Without it, 8 where weights are not sqrt8"
@@ -81,6 +103,17 @@ class ExtractConfig(Model):
         if weights == "sqrt8":
             return {"steps": STEPS} | values | {"weights": weights}
         return {"k": KEPT, "steps": None} | values | {"weights": weights}
+
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        if "cross" not in targets or len(set(targets)) != len(targets):
+            raise ValueError(
+                f"expected cross, and perhaps whole and hidden, each once, got {','.join(targets)}: the records of the "
+                "others lie beside those of cross, which say what tokens they are of"
+            )
+        order: tuple[Target, ...] = ("cross", "whole", "hidden")
+        return tuple(name for name in order if name in targets)
 
     @field_validator("passes")
     @classmethod
@@ -140,7 +173,10 @@ def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> Ex
         name: getattr(spec, name)
         for name in ("k", "mass", "weights", "steps", "layers", "heads", "queries", "dtype", "views", "view")
     }
-    return ExtractConfig(**shared, passes=passes, device=device, batch_size=batch_size)
+    targets = ["cross"] + [
+        name for name, there in (("whole", spec.has_whole), ("hidden", spec.hidden_width is not None)) if there
+    ]
+    return ExtractConfig(**shared, targets=targets, passes=passes, device=device, batch_size=batch_size)
 
 
 def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
@@ -155,9 +191,6 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
     processor = teacher.preprocessor.processor
     if "masked" in config.passes:
         Words.of(processor.tokenizer)
-    groups: dict[str, dict[str, str]] = {} if config.view == AS_PROCESSED else {"views": {"hash": PIXEL_HASH}}
-    if "negative" in config.passes:
-        groups["partners"] = EXCHANGED
     return TargetSpec(
         teacher=TeacherIdentity(
             family="vilt",
@@ -185,8 +218,22 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         steps=config.steps,
         dtype=config.dtype,
         classes=None if teacher.labels is None else len(teacher.labels),
-        groups=groups,
+        groups=_groups(teacher, config),
     )
+
+
+def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str, Any]]:
+    """Parameters of the further groups."""
+    groups: dict[str, dict[str, Any]] = {}
+    if config.view != AS_PROCESSED:
+        groups["views"] = {"hash": PIXEL_HASH}
+    if "negative" in config.passes:
+        groups["partners"] = dict(EXCHANGED)
+    if "whole" in config.targets:
+        groups[WHOLE] = WHOLE_ROWS
+    if "hidden" in config.targets:
+        groups[HIDDEN] = {"states": HIDDEN_STATES, "width": teacher.width}
+    return groups
 
 
 def _configuration(teacher: FusionTeacher) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import numpy as np
 
 from dde_cache.blocks import Blocks, Layout
 from dde_cache.codec import part_names
-from dde_cache.spec import HASH_BYTES, Direction, UnitAttributes
+from dde_cache.spec import HASH_BYTES, HIDDEN, WHOLE, Direction, Rows, TargetSpec, UnitAttributes
 from dde_cache.stream import CHUNK_PAIRS
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
-KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views", "partners"})
+KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views", "partners", WHOLE, HIDDEN})
+
+GROUP_OF_ROWS: Mapping[Rows, str] = {"t2i": "maps", "i2t": "maps", "t2w": WHOLE, "i2w": WHOLE}
+HIDDEN_ARRAYS = ("text", "image")
 
 MAX_RECORDS = 2**24
 """Records a unit."""
@@ -54,16 +57,24 @@ Axis = int | tuple[int, int]
 """A length, or the least and the greatest."""
 
 
+def known_groups(spec: TargetSpec) -> frozenset[str]:
+    """The groups that this version reads; one whose parameters it does not know is as one that it does not know."""
+    unread = {WHOLE: not spec.has_whole, HIDDEN: spec.hidden_width is None}
+    return KNOWN_GROUPS - {name for name, other in unread.items() if other}
+
+
 def array_names(attributes: UnitAttributes) -> list[str]:
     """The arrays that a unit with these groups must have."""
     names = [f"samples/{name}" for name in SAMPLE_ARRAYS]
     if "maps" in attributes.groups:
         names += [f"maps/{name}" for name in MAP_COLUMNS]
         names += [
-            f"maps/{direction}/{part}"
-            for direction in attributes.spec.directions
+            f"{GROUP_OF_ROWS[rows]}/{rows}/{part}"
+            for rows in attributes.spec.rows
             for part in part_names(attributes.spec.steps)
         ]
+        if attributes.spec.hidden_width is not None:
+            names += [f"{HIDDEN}/{name}" for name in HIDDEN_ARRAYS]
     if "predictions" in attributes.groups:
         names += [f"predictions/{name}" for name in (*PREDICTION_COLUMNS, "logits")]
     if "views" in attributes.groups:
@@ -96,8 +107,16 @@ def layout_problems(blocks: Blocks, attributes: UnitAttributes) -> list[str]:
     problems += [
         f"{name}: expected at most {CHUNK_PAIRS} records a chunk, got {layout.records}"
         for name, layout in layouts.items()
-        if name.endswith(("/index", "/weight", "/tail", "/logits")) and layout.records > CHUNK_PAIRS
+        if name.endswith(("/index", "/weight", "/tail", "/logits", "hidden/text", "hidden/image"))
+        and layout.records > CHUNK_PAIRS
     ]
+    if "maps" in attributes.groups:
+        further = {WHOLE: attributes.spec.has_whole, HIDDEN: attributes.spec.hidden_width is not None}
+        problems += [
+            f"{name}: expected among the groups, as the specification says"
+            for name, there in further.items()
+            if there and name not in attributes.groups
+        ]
     if attributes.samples > MAX_RECORDS:
         problems.append(f"samples: expected at most {MAX_RECORDS:,} a unit, got {attributes.samples:,}")
     return problems
@@ -122,23 +141,27 @@ def _expected(
     wide: Mapping[str, tuple[Axis, ...]] = {"token_ids": ((0, spec.text_length),), "grid": (2,)}
     for name, dtype in MAP_COLUMNS.items():
         expected[f"maps/{name}"] = ((np.dtype(dtype).name,), (records, *wide.get(name, ())))
-    for direction in spec.directions:
-        queries = spec.text_length if direction == "t2i" else MAX_TOKENS
-        least = 0 if records == 0 else 1
-        keys = MAX_TOKENS if direction == "t2i" else spec.text_length
+    least = 0 if records == 0 else 1
+    for rows_of in spec.rows:
+        folder = f"{GROUP_OF_ROWS[rows_of]}/{rows_of}"
+        queries = spec.text_length if rows_of in ("t2i", "t2w") else MAX_TOKENS
+        keys = {"t2i": MAX_TOKENS, "i2t": spec.text_length}.get(rows_of, spec.text_length + MAX_TOKENS)
         if spec.steps is not None:
             dense: tuple[Axis, ...] = (records, spec.stored_heads, (least, queries), (least, keys))
-            expected[f"maps/{direction}/weight"] = ((_WEIGHT[spec.weights],), dense)
+            expected[f"{folder}/weight"] = ((_WEIGHT[spec.weights],), dense)
             continue
-        index = layouts.get(f"maps/{direction}/index")
-        slots = (least, min(spec.k or MAX_TOKENS, keys))
+        index = layouts.get(f"{folder}/index")
+        slots = (least, min(spec.k or keys, keys))
         # The three arrays of a direction have the same axes; the index says which.
         same = index is not None and len(index.shape) == 4
         row: tuple[Axis, ...] = (records, spec.stored_heads, index.shape[2] if same and index else (least, queries))
         slot: Axis = index.shape[3] if same and index else slots
-        expected[f"maps/{direction}/index"] = (_INDEX, (records, spec.stored_heads, (least, queries), slots))
-        expected[f"maps/{direction}/weight"] = ((_WEIGHT[spec.weights],), (*row, slot))
-        expected[f"maps/{direction}/tail"] = ((_TAIL[spec.weights],), row)
+        expected[f"{folder}/index"] = (_INDEX, (records, spec.stored_heads, (least, queries), slots))
+        expected[f"{folder}/weight"] = ((_WEIGHT[spec.weights],), (*row, slot))
+        expected[f"{folder}/tail"] = ((_TAIL[spec.weights],), row)
+    for name, length_of in zip(HIDDEN_ARRAYS, (spec.text_length, MAX_TOKENS), strict=True):
+        states: tuple[Axis, ...] = (records, (least, length_of), spec.hidden_width or 0)
+        expected[f"{HIDDEN}/{name}"] = (("float16",), states)
     predictions = length("predictions/sample")
     for name, dtype in PREDICTION_COLUMNS.items():
         expected[f"predictions/{name}"] = ((np.dtype(dtype).name,), (predictions,))

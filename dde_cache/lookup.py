@@ -1,11 +1,12 @@
-"""Where the targets of a pair lie in a unit: the rows of its tables by sample, text slot, view, pass and image slot."""
+"""Where the targets of a pair lie in a unit: the rows of its tables by pass, layer, sample, text, view and image."""
 
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from dde_cache.unit import Unit
 
 Table = Literal["record", "prediction"]
 
+ONLY = 0
+"""The layer of predictions, which have none."""
+
 
 @dataclass(frozen=True)
 class OpenUnit:
@@ -25,34 +29,34 @@ class OpenUnit:
 
     unit: Unit
     sample: Mapping[str, int]
-    record: Mapping[int, Mapping[int, int]]  # of each pass that is read
-    prediction: Mapping[int, Mapping[int, int]]
+    record: Mapping[tuple[int, int], Mapping[int, int]]  # of each (pass, layer) that is read
+    prediction: Mapping[tuple[int, int], Mapping[int, int]]
     partner: Mapping[Place, Partner]
     views: int
     hashes: PixelHashes | None
 
     @classmethod
-    def of(cls, unit: Unit, layer: int | None, passes: Sequence[int]) -> "OpenUnit":
+    def of(cls, unit: Unit, layers: Sequence[int], passes: Sequence[int]) -> "OpenUnit":
         """Read the tables of a unit.
 
         Args:
             unit: opened.
-            layer: whose maps are read; None: no maps are.
+            layers: whose records are read; none: the maps table is not.
             passes: which are read; predictions are those of pass 0.
 
         Raises:
             CacheError: a table is damaged.
         """
-        records: dict[int, Mapping[int, int]] = {}
-        if layer is not None:
+        records: dict[tuple[int, int], Mapping[int, int]] = {}
+        if layers:
             maps = unit.maps
             columns = (maps.sample, maps.text, maps.view, maps.image)
-            for number in passes:
-                records[number] = _row_of_text(*columns, (maps.layer == layer) & (maps.passes == number))
-        predictions: dict[int, Mapping[int, int]] = {}
+            for number, layer in product(passes, layers):
+                records[number, layer] = _row_of_text(*columns, (maps.layer == layer) & (maps.passes == number))
+        predictions: dict[tuple[int, int], Mapping[int, int]] = {}
         if unit.has_logits:
             sample, text, view, column = (unit.array(f"predictions/{name}") for name in PREDICTION_COLUMNS)
-            predictions[0] = _row_of_text(sample, text, view, np.zeros_like(text), column == 0)
+            predictions[0, ONLY] = _row_of_text(sample, text, view, np.zeros_like(text), column == 0)
         samples = {key: number for number, key in enumerate(unit.keys)}
         partners = read_partners(unit) if unit.has_partners and tuple(passes) != (0,) else {}
         hashes = PixelHashes(unit) if unit.has_pixel_hashes else None
@@ -86,6 +90,33 @@ class OpenUnit:
                 "no such key: the cache was made from other shards of that name; pass the cache of these shards"
             )
         return self.sample[key]
+
+
+class ChunkPlace(NamedTuple):
+    """Where a chunk lies: unit, the kind of its rows (`t2i`, ..., `hidden/text`, `logits`), and its number."""
+
+    unit: str
+    table: str
+    chunk: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the chunk."""
+        return slice(self.chunk * CHUNK_PAIRS, (self.chunk + 1) * CHUNK_PAIRS)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The pairs of a batch that lie in one chunk of a unit: their numbers in the batch, and their rows in the chunk."""
+
+    unit: str
+    chunk: int
+    numbers: list[int]
+    rows: list[int]
+
+    def place(self, table: str) -> ChunkPlace:
+        """The chunk of these rows in one of the tables."""
+        return ChunkPlace(self.unit, table, self.chunk)
 
 
 def _row_of_text(

@@ -27,23 +27,25 @@ def mirror_maps(maps: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Te
     """Permute the image axis of some records.
 
     Args:
-        maps: targets of a batch, still encoded: `grid` [b, 2] and the parts of both directions (`t2i.weight`, ...).
+        maps: targets of a batch, still encoded: `grid` [b, 2] and the parts of both directions (`t2i.weight`, ...),
+            of every layer (`t2i@1.weight`, ...).
         rows: which records.
     """
     mirrored = dict(maps)
     if not len(rows):
         return mirrored
-    parts = [name for name in maps if name.startswith(("t2i.", "i2t."))]
+    parts = {name: name.partition(".")[0].partition("@")[0] for name in maps if name.startswith(("t2i", "i2t"))}
+    sparse = any(name.endswith(".index") for name in parts)
     mirrored |= {name: maps[name].clone() for name in parts}
     for row in rows:
         order = mirrored_order(maps["grid"][row].tolist())
-        for name in parts:
+        for name, direction in parts.items():
             part, found = mirrored[name][row], maps[name][row]
-            if name.startswith("i2t."):
+            if direction == "i2t":
                 part[:, : len(order)] = found[:, order]
-            elif name == "t2i.index":
+            elif name.endswith(".index"):
                 # Empty slots point to CLS, which stays.
                 part[:] = order[found.long()].to(part.dtype)
-            elif "t2i.index" not in maps:
+            elif not sparse:
                 part[..., : len(order)] = found[..., order]
     return mirrored

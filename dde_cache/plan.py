@@ -19,13 +19,14 @@ from pydantic import Field
 
 from dde_cache.arrays import unit_members
 from dde_cache.buckets import UnitWork
+from dde_cache.encoder import Records, TargetEncoder
 from dde_cache.errors import InputError
 from dde_cache.identity import ExtractConfig
 from dde_cache.partners import Partner, PartnersOfShards, Place
 from dde_cache.passes import pass_name
-from dde_cache.records import Records, TargetEncoder, assemble, extraction_dataset, unit_attributes
+from dde_cache.records import assemble, extraction_dataset, unit_attributes
 from dde_cache.samples import Sample, Shard
-from dde_cache.spec import Model, Provenance, TargetSpec
+from dde_cache.spec import Model, Provenance, Rows, TargetSpec
 from dde_cache.stream import CHUNK_PAIRS, PairTable
 from dde_cache.teacher import FusionTeacher
 
@@ -88,18 +89,21 @@ def generous_bytes(spec: TargetSpec, image_tokens: int, pairs: int, units: int) 
         units: how many.
     """
     images, texts = _LARGER_PICTURES * image_tokens, spec.text_length
-    rows = 2 * texts * images if spec.weights == "sqrt8" else _sparse_bytes(spec, images, texts)
-    record = spec.stored_heads * rows + 4 * texts
+    rows = sum(_row_bytes(spec, name, images, texts) for name in spec.rows)
+    record = spec.stored_heads * rows + 4 * texts + 2 * (spec.hidden_width or 0) * (texts + images)
     pair = record * spec.images * len(spec.layers) + 4 * (spec.classes or 0) + _PAIR_BYTES
     return pair * pairs + _UNIT_BYTES * units
 
 
-def _sparse_bytes(spec: TargetSpec, images: int, texts: int) -> int:
-    """Of one head of one map in both directions."""
-    slots = {"t2i": min(spec.k or images, images), "i2t": min(spec.k or texts, texts)}
+def _row_bytes(spec: TargetSpec, name: Rows, images: int, texts: int) -> int:
+    """Of one head of one map in one direction."""
+    rows = texts if name in ("t2i", "t2w") else images
+    keys = {"t2i": images, "i2t": texts}.get(name, images + texts)
+    if spec.weights == "sqrt8":
+        return rows * keys
     weight, tail = {"log8": 1, "float16": 2}.get(spec.weights, 4), 4 if spec.weights == "float32" else 2
-    index = 1 if images <= 256 else 2 if images <= 2**16 else 4
-    return texts * (slots["t2i"] * (index + weight) + tail) + images * (slots["i2t"] * (index + weight) + tail)
+    index = 1 if images + texts <= 256 else 2 if images <= 2**15 else 4
+    return rows * (min(spec.k or keys, keys) * (index + weight) + tail)
 
 
 def check_room(prediction: Prediction, folder: Path, free: int) -> None:

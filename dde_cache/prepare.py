@@ -4,15 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor, nn
 from transformers import ViltConfig
 
 from dde_cache.batches import check_labels
-from dde_cache.distill import CachedTargets, LabelsOnly, OnlineTargets, Targets, TrainConfig, images_of
+from dde_cache.choices import check_blocks
+from dde_cache.distill import (
+    PROJECTIONS,
+    CachedTargets,
+    LabelsOnly,
+    OnlineTargets,
+    Targets,
+    TrainConfig,
+    images_of,
+    layers_of,
+)
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.join import join
 from dde_cache.passes import RECIPES, PassName, ordered
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
+from dde_cache.spec import TargetSpec
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder
@@ -114,18 +126,11 @@ def _plan(
     if isinstance(targets, OnlineTargets):
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
-        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, False)
+        mean_heads = config.heads == "mean"
+        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, mean_heads)
     cache, spec = targets.cache, targets.cache.spec
-    lacking = []
-    layer = config.layer if config.layer is not None else spec.layers[-1] if spec.layers else 0
-    if config.attention_weight and not spec.layers:
-        lacking.append("attention maps: it keeps predictions alone; train with --set attention_weight=0")
-    elif config.attention_weight and len(spec.directions) < 2:
-        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
-    elif config.attention_weight and layer not in spec.layers:
-        lacking.append(f"layer {layer}: it has {list(spec.layers)}")
-    if config.attention_weight and config.queries == "all" and spec.queries != "all":
-        lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
+    layers = [pair.teacher for pair in layers_of(targets, config)]
+    lacking = _lacking_records(spec, config, layers) if config.reads_records else []
     if config.soft_weight and spec.classes is None:
         lacking.append("logits: its teacher has no task head, or they were cut away; train with --set soft_weight=0")
     if cache.labels is None and task.head == "classes":
@@ -136,18 +141,18 @@ def _plan(
     numbers = _numbers_of(cache, passes)
     reader = None
     table = join(shards, cache, targets.on_missing).table
-    if config.attention_weight or config.soft_weight:
-        every, drift = config.queries == "all", targets.allow_pixel_drift
+    if config.reads_records or config.soft_weight:
         reader = CacheTargets(
             cache,
             shards,
-            layer,
-            attention=config.attention_weight > 0,
-            padded_queries=every,
-            allow_drift=drift,
+            layers,
+            rows=config.rows,
+            hidden=config.hidden_weight > 0,
+            padded_queries=config.queries == "all",
+            allow_drift=targets.allow_pixel_drift,
             passes=numbers,
         )
-    tower, mean_heads, labels = tower_of(cache), spec.heads == "mean", _answers(cache.labels, task)
+    tower, mean_heads, labels = tower_of(cache), "mean" in (spec.heads, config.heads), _answers(cache.labels, task)
     return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
 
 
@@ -165,6 +170,35 @@ def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
             f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
         )
     return [held.index(RECIPES[name]) for name in passes]
+
+
+def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int]) -> list[str]:
+    """What attention or hidden states need of a cache and it does not have, and how it would be had."""
+    if not spec.layers:
+        return ["attention maps: it keeps predictions alone; train with --set attention_weight=0"]
+    lacking = []
+    one_way = config.attention_weight and config.directions == "both" and len(spec.directions) < 2
+    if one_way:
+        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
+    elif any(name.startswith(("t2", "i2")) and name not in spec.rows for name in config.rows):
+        rows = ", ".join(spec.rows)
+        how = "extract with --targets cross,whole" if config.attention == "whole" else "train with other --directions"
+        lacking.append(f"attention rows {', '.join(config.rows)}: it has {rows}; {how}")
+    lacking += [
+        f"layer {layer}: it has {list(spec.layers)}; extract with --layers"
+        for layer in layers
+        if layer not in spec.layers
+    ]
+    if config.attention_weight and config.queries == "all" and spec.queries != "all":
+        lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
+    if config.attention_weight and config.heads == "all" and spec.heads == "mean":
+        lacking.append("attention head by head: it has their mean; extract with --heads all, or leave heads out")
+    whole = spec.steps is not None or (spec.k, spec.mass) == (None, None)
+    if config.attention_weight and config.heads == "mean" and spec.heads == "all" and not whole:
+        lacking.append("whole rows to average over the heads: it keeps " + spec.kept + "; extract with --heads mean")
+    if config.hidden_weight and spec.hidden_width is None:
+        lacking.append("hidden states: extract with --targets cross,hidden")
+    return lacking
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
@@ -200,6 +234,37 @@ def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task,
     return expected or 1
 
 
+def fit_student(student: DualEncoder, targets: Targets, config: TrainConfig, plan: TrainingPlan) -> None:
+    """Let a student give what the losses compare: the blocks of the layer map, and projections of its hidden states.
+
+    Raises:
+        TeacherError: its heads cannot be compared with the teacher's.
+        InputError: the layer map names blocks that it does not have, or layers that the teacher does not have.
+    """
+    if isinstance(targets, LabelsOnly) or not config.reads_records:
+        return
+    pairs = layers_of(targets, config)
+    if isinstance(targets, OnlineTargets):
+        wrong = [pair.name for pair in pairs if pair.teacher >= targets.teacher.layers]
+        if wrong:
+            raise InputError(f"expected the teacher's layers 0 to {targets.teacher.layers - 1}, got {', '.join(wrong)}")
+    shape = student.config.vilt()
+    check_blocks(pairs, shape.num_hidden_layers)
+    student.keep_blocks([pair.student for pair in pairs if pair.student is not None])
+    if config.attention_weight:
+        check_heads(student, targets, plan)
+    if config.hidden_weight:
+        cached = isinstance(targets, CachedTargets)
+        width = targets.cache.spec.hidden_width if cached else targets.teacher.width  # type: ignore[union-attr]
+        maps = [nn.Linear(shape.hidden_size, width or 0) for _ in pairs]
+        student.add_module(PROJECTIONS, nn.ModuleList(maps))
+
+
+def exported(student: nn.Module) -> dict[str, Tensor]:
+    """The weights of a student without what served its training alone."""
+    return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{PROJECTIONS}.")}
+
+
 def check_heads(student: DualEncoder, targets: Targets, plan: TrainingPlan) -> None:
     """Refuse towers whose heads cannot be compared with the teacher's one by one."""
     have = student.config.vilt().num_attention_heads
@@ -207,6 +272,6 @@ def check_heads(student: DualEncoder, targets: Targets, plan: TrainingPlan) -> N
     want = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
     if not plan.mean_heads and have != want:
         raise TeacherError(
-            f"expected a student with the teacher's {want} attention heads, got {have}; extract with --heads mean to "
+            f"expected a student with the teacher's {want} attention heads, got {have}; train with --heads mean to "
             "compare their averages"
         )

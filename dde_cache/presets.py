@@ -3,27 +3,42 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dde_cache.choices import SAME
 from dde_cache.distill import CachedTargets, Targets
 from dde_cache.errors import InputError
 from dde_cache.replay import lacking_views
 from dde_cache.tasks import load_task
 from dde_cache.views import AS_PROCESSED
 
+_DIDE: Mapping[str, Any] = {
+    "learning_rate": 1e-4,
+    "batch_size": 256,
+    "betas": (0.9, 0.98),
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "warmup": 0.1,
+    "dropout": 0.1,
+    "hard_weight": 0.0,
+    "soft_weight": 1.0,
+    "attention_weight": 1.0,
+    "queries": "all",
+    "tail": "bucket",
+}
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "dide-t2i": {"directions": "t2i"},
+    "dide-i2t": {"directions": "i2t"},
+    "dide-whole": {"attention": "whole"},
+    "dide-hidden": {"attention_weight": 0.0, "hidden_weight": 1.0},
+    "dide-layer-wise": {"layer_map": SAME},
+    "dide-soft": {"attention_weight": 0.0},
+}
+"""What each ablation of the paper changes: one direction, keys of the whole sequence, hidden states in the
+place of attention, every layer that the cache has, and soft labels alone."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "dide": {
-        "learning_rate": 1e-4,
-        "batch_size": 256,
-        "betas": (0.9, 0.98),
-        "eps": 1e-8,
-        "weight_decay": 0.01,
-        "warmup": 0.1,
-        "dropout": 0.1,
-        "hard_weight": 0.0,
-        "soft_weight": 1.0,
-        "attention_weight": 1.0,
-        "queries": "all",
-        "tail": "bucket",
-    }
+    "dide": _DIDE,
+    **{name: {**_DIDE, **change} for name, change in ABLATIONS.items()},
 }
 """Published recipes. `dide`: arXiv 2112.08723, what all tasks share; each task adds its own (`Task.dide`)."""
 

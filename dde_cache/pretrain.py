@@ -14,7 +14,7 @@ from dde_cache.distill import CachedTargets, Targets
 from dde_cache.fit import Fit, Progress
 from dde_cache.initial import MODEL, build_student
 from dde_cache.passes import RECIPES, PassName
-from dde_cache.prepare import TrainingPlan, check_heads, plan_training
+from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
 from dde_cache.pretext import Pretrainer
 from dde_cache.pretraining import EVALUATED, PretrainConfig, PretrainLosses, passes_of
 from dde_cache.ranks import Ranks
@@ -61,8 +61,7 @@ def pretrain(
     plan = plan_training(shards, valid, targets, config, task, passes or ("matched",))
     torch.manual_seed(config.seed)
     student = build_student(plan.tower, (), config.dropout, init, Head("pretraining", 1, EVALUATED))
-    if passes:
-        check_heads(student, targets, plan)
+    fit_student(student, targets, config, plan)
     check_batch_size(plan.table, config.batch_size)
     if isinstance(targets, CachedTargets):
         check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
@@ -78,7 +77,8 @@ def pretrain(
     ranks.on_first(begin)
 
     def save(model: nn.Module) -> None:
-        model.student.save_pretrained(out / MODEL)  # type: ignore[union-attr, operator]
+        student = model.student
+        student.save_pretrained(out / MODEL, state_dict=exported(student))  # type: ignore[union-attr, operator, arg-type]
         plan.preprocessor.save(out / MODEL)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:

@@ -11,7 +11,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch
-from dde_cache.distill import CachedTargets, LabelsOnly, StudentLosses, Targets, TrainConfig, student_output
+from dde_cache.distill import (
+    PROJECTIONS,
+    CachedTargets,
+    LabelsOnly,
+    StudentLosses,
+    Targets,
+    TrainConfig,
+    student_output,
+)
 from dde_cache.passes import RECIPES, UNMASKED, PassName, of_pass, ordered
 from dde_cache.pretext import (
     MATCHING_ROWS,
@@ -49,7 +57,7 @@ class PretrainConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _check_weights(self) -> "PretrainConfig":
-        if not (self.attention_weight or self.contrastive_weight or self.matching_weight or self.language_weight):
+        if not (self.reads_records or self.contrastive_weight or self.matching_weight or self.language_weight):
             raise ValueError("expected at least one of attention, contrastive, matching and language weight above 0")
         if self.accumulate > 1 and (self.contrastive_weight or self.matching_weight):
             raise ValueError(
@@ -86,9 +94,10 @@ class Shown:
 class _Given(nn.Module):
     """A student that has run already."""
 
-    def __init__(self, output: DualEncoderOutput) -> None:
+    def __init__(self, output: DualEncoderOutput, projections: nn.Module | None) -> None:
         super().__init__()
         self._output = output
+        self.add_module(PROJECTIONS, projections)
 
     def forward(self, *_inputs: Any, **_options: Any) -> DualEncoderOutput:
         """What it gave."""
@@ -115,7 +124,7 @@ class PretrainLosses(Objective[Shown]):
         self._ranks, self._passes = ranks, tuple(passes)
         self._guesses = bool(config.language_weight)
         self._attention = None if isinstance(targets, LabelsOnly) else StudentLosses(config, targets, mean_heads)
-        attention = self._attention.terms if self._attention is not None and config.attention_weight else {}
+        attention = self._attention.terms if self._attention is not None and config.reads_records else {}
         self._attends = bool(attention)
         table: dict[str, Term[Shown]] = {}
         if config.contrastive_weight:
@@ -162,7 +171,7 @@ class PretrainLosses(Objective[Shown]):
         attention = {}
         if self._attention is not None and self._attends:
             for name in self._passes:
-                given = _Given(sides[name])
+                given = _Given(sides[name], getattr(student, PROJECTIONS, None))
                 attention[name] = self._attention.sums(given, of_pass(batch, name), _sizes_in(name, sizes))
         everyone = self._everyone(output, batch, sizes[PAIRS])
         return Shown(model, output, everyone, masked, batch.get("masked.guess"), attention)  # type: ignore[arg-type]
@@ -216,7 +225,7 @@ def passes_of(targets: Targets, config: PretrainConfig) -> tuple[PassName, ...]:
 
     A teacher that is run at every step is shown the matched pass, unless others are asked for.
     """
-    if isinstance(targets, LabelsOnly) or not config.attention_weight:
+    if isinstance(targets, LabelsOnly) or not config.reads_records:
         return ()
     if config.passes is not None:
         return ordered(config.passes)

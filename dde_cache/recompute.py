@@ -19,10 +19,10 @@ from dde_cache.partners import Partner, Place, read_partners
 from dde_cache.passes import pass_name
 from dde_cache.records import extraction_dataset
 from dde_cache.samples import Shard, Text
-from dde_cache.spec import TOLERANCE, Model, TargetSpec, difference
+from dde_cache.spec import TOLERANCE, Model, Rows, TargetSpec, difference
 from dde_cache.store import Cache
 from dde_cache.stream import Pair, PairTable
-from dde_cache.teacher import FusionTeacher, TeacherOutput
+from dde_cache.teacher import FusionTeacher, HiddenStates, TeacherOutput
 from dde_cache.unit import Unit
 from dde_cache.vilt import image_tokens
 
@@ -151,21 +151,31 @@ class _Trial:
         yield from self._pixels(unit, chosen, batch)
         moved = to_device(batch, self._device)
         pictures = pictures_of(moved)
-        output = self._teacher(tokens_of(moved), pictures, self._spec.layers, padded_queries=every)
+        output = self._teacher(
+            tokens_of(moved),
+            pictures,
+            self._spec.layers,
+            padded_queries=every,
+            whole=self._spec.has_whole,
+            hidden=self._spec.hidden_width is not None,
+        )
         text = batch["attention_mask"].sum(-1)
         for row, pair in enumerate(chosen):
             for (image, layer), record in pair.records.items():
                 patches = int(image_tokens(pictures[image].grid)[row])
-                rows = {
-                    "t2i": self._spec.text_length if every else int(text[row]),
-                    "i2t": patches + int(every),
-                }
-                for direction in self._spec.directions:
-                    exact = getattr(output.attention[image, layer], direction)[row].float().cpu()
-                    wrong = self._compare(unit, direction, record, exact, rows[direction])
-                    if wrong is not None:
-                        where = f"{unit.path.name}: {pair.where}, layer {layer}, {direction}"
-                        yield Problem("targets", f"{where}: {wrong}")
+                words = int(text[row])
+                of_text, of_image = self._spec.text_length if every else words, patches + int(every)
+                wrong: dict[str, str | None] = {}
+                for rows in self._spec.rows:
+                    exact = output.rows(rows, image, layer)[row].float().cpu()
+                    filled = of_text if rows in ("t2i", "t2w") else of_image
+                    wrong[rows] = self._compare(unit, rows, record, exact, filled)
+                if output.hidden:
+                    wrong["hidden"] = self._states(unit, record, output.hidden[image, layer], row, words, patches)
+                for name, message in wrong.items():
+                    if message is not None:
+                        where = f"{unit.path.name}: {pair.where}, layer {layer}, {name}"
+                        yield Problem("targets", f"{where}: {message}")
             yield from self._logits(unit, pair, output, row)
             self._pairs += 1
 
@@ -182,7 +192,19 @@ class _Trial:
             except PixelDrift as drift:
                 yield Problem("targets", f"{unit.path.name}: {drift}")
 
-    def _compare(self, unit: Unit, direction: str, record: int, exact: Tensor, rows: int) -> str | None:
+    def _states(self, unit: Unit, record: int, states: HiddenStates, row: int, words: int, patches: int) -> str | None:
+        """Compare the hidden states of one record."""
+        for name, part, count in (("text", states.text, words), ("image", states.image, patches)):
+            exact = part[row, :count].float().cpu().numpy()
+            stored = unit.hidden(name, slice(record, record + 1))[0, :count].astype(np.float32)
+            if stored.shape != exact.shape:
+                return f"expected states of {count} tokens, got {len(stored)}"
+            error = float(np.abs(stored - exact).max())
+            if not error <= (self._tolerance + 2**-10) * max(1.0, float(np.abs(exact).max())):
+                return f"a state is off by {error:.4f}"
+        return None
+
+    def _compare(self, unit: Unit, direction: Rows, record: int, exact: Tensor, rows: int) -> str | None:
         """Compare one record with the whole attention [h, q, k]; say what is wrong."""
         if self._spec.heads == "mean":
             exact = exact.mean(0, keepdim=True)

@@ -20,6 +20,16 @@ Queries = Literal["valid", "all"]
 Heads = Literal["all", "mean"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Direction = Literal["t2i", "i2t"]
+Rows = Literal["t2i", "i2t", "t2w", "i2w"]
+"""Which query rows over which keys: those of a direction, or text and image queries over the whole sequence."""
+
+WHOLE = "whole"
+WHOLE_ROWS: dict[str, Any] = {"keys": "valid text then valid image v1"}
+"""What `spec.groups["whole"]` says."""
+
+HIDDEN = "hidden"
+HIDDEN_STATES = "block output v1"
+"""What `spec.groups["hidden"]["states"]` says; `width` stands beside it."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -117,6 +127,25 @@ class TargetSpec(Model):
     def stored_heads(self) -> int:
         """Heads of a stored map."""
         return 1 if self.heads == "mean" else self.teacher_heads
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether there are rows over the whole sequence, in the form that this version knows."""
+        return bool(self.layers) and self.groups.get(WHOLE) == WHOLE_ROWS
+
+    @property
+    def hidden_width(self) -> int | None:
+        """Width of the hidden states; None where there are none, or in a form that this version does not know."""
+        found = self.groups.get(HIDDEN, {})
+        width = found.get("width")
+        known = found == {"states": HIDDEN_STATES, "width": width} and type(width) is int and 0 < width < 2**20
+        return width if known and self.layers else None
+
+    @property
+    def rows(self) -> tuple[Rows, ...]:
+        """The kinds of attention rows that are kept: the directions, and their queries over the whole sequence."""
+        whole: dict[Direction, Rows] = {"t2i": "t2w", "i2t": "i2w"}
+        return (*self.directions, *(whole[direction] for direction in self.directions if self.has_whole))
 
     @property
     def kept(self) -> str:

@@ -4,7 +4,7 @@ Each side is encoded alone, so that it can be computed once and stored; only the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from dde_cache.attention import QueryKey
 from dde_cache.errors import InputError
 from dde_cache.teacher import load_weights, read_config, resolve
-from dde_cache.vilt import capture_query_key, embed_patches, position_deviation
+from dde_cache.vilt import capture_query_key, capture_states, embed_patches, position_deviation
 
 FIRST_SCALE = math.log(1 / 0.07)
 """Logarithm of the factor of cosine similarities at the start of a contrastive training (CLIP, arXiv 2103.00020)."""
@@ -69,14 +69,31 @@ class DualEncoderConfig(PreTrainedConfig):
 
 
 @dataclass
+class BlockOutput:
+    """What a block of a tower gave: its query and key projections, and its hidden states."""
+
+    query_key: QueryKey
+    states: Float[Tensor, "b n w"]
+
+
+@dataclass
 class TowerOutput:
-    """One side of a batch: pooled vector, token mask, the last block's query and key projections, and the states of the
-    tokens behind the final norm."""
+    """One side of a batch: pooled vector, token mask, what the last block and those that are kept gave, and the states
+    of the tokens behind the final norm."""
 
     pooled: Float[Tensor, "b w"]
     mask: Bool[Tensor, "b n"]
-    query_key: QueryKey
+    blocks: Mapping[int, BlockOutput]
     states: Any = None
+
+    @property
+    def query_key(self) -> QueryKey:
+        """The last block's query and key projections."""
+        return self.block(None).query_key
+
+    def block(self, number: int | None) -> BlockOutput:
+        """A block that was kept; None: the last."""
+        return self.blocks[max(self.blocks) if number is None else number]
 
 
 @dataclass
@@ -100,15 +117,18 @@ class _Tower(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = ViltPooler(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.kept_blocks: tuple[int, ...] = ()
 
     def encode(self, embeds: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"]) -> TowerOutput:
         """Run the blocks over embedded tokens."""
         bias = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
         bias = bias.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None, None, :]
-        last = len(self.encoder.layer) - 1
-        with capture_query_key(self.encoder.layer, [last]) as capture:
+        blocks = self.encoder.layer
+        kept = sorted({*self.kept_blocks, len(blocks) - 1})
+        with capture_query_key(blocks, kept) as capture, capture_states(blocks, kept) as held:
             states = self.layernorm(self.encoder(embeds, attention_mask=bias).last_hidden_state)
-        return TowerOutput(self.pooler(states), mask, capture[last], states)
+        outputs = {number: BlockOutput(capture[number], held[number]) for number in kept}
+        return TowerOutput(self.pooler(states), mask, outputs, states)
 
 
 class TextTower(_Tower):
@@ -228,6 +248,18 @@ class DualEncoder(PreTrainedModel):
         second = self.image_tower(second_pixel_values, grid, image_slot=1, padding=image_padding[1])
         logits = self.answer(text.pooled, image.pooled, second.pooled)
         return DualEncoderOutput(logits=logits, text=text, image=image, second=second)
+
+    def keep_blocks(self, numbers: Sequence[int]) -> None:
+        """Say of which blocks, beside the last, every output has query and key projections and hidden states.
+
+        Raises:
+            InputError: the towers have no such block.
+        """
+        depth = len(self.text_tower.encoder.layer)
+        if any(not 0 <= number < depth for number in numbers):
+            raise InputError(f"expected blocks of the student from 0 to {depth - 1}, got {sorted(numbers)}")
+        for tower in (self.text_tower, self.image_tower):
+            tower.kept_blocks = tuple(numbers)
 
     def answer(self, text: Float[Tensor, "b w"], *images: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:
         """Logits from the pooled vectors of a text and its images: all that runs when they were stored."""

@@ -16,14 +16,25 @@ from pydantic import Field
 
 from dde_cache.codec import EncodedAttention
 from dde_cache.errors import CacheError, InputError, bullet_list
-from dde_cache.layout import VIEW_COLUMNS
+from dde_cache.layout import HIDDEN_ARRAYS, VIEW_COLUMNS, known_groups
 from dde_cache.partners import cut_partners
-from dde_cache.spec import Model, Provenance, TargetSpec, UnitAttributes, UnitEntry, difference, hash_json, hash_keys
+from dde_cache.spec import (
+    HIDDEN,
+    WHOLE,
+    Model,
+    Provenance,
+    TargetSpec,
+    UnitAttributes,
+    UnitEntry,
+    difference,
+    hash_json,
+    hash_keys,
+)
 from dde_cache.staging import StagedCache, check_free
 from dde_cache.store import Cache
-from dde_cache.unit import KNOWN_GROUPS, SUFFIX, MapColumns, Unit, UnitArrays
+from dde_cache.unit import SUFFIX, MapColumns, Unit, UnitArrays
 
-Table = Literal["maps", "predictions"]
+Table = Literal["maps", "predictions", "whole", "hidden"]
 
 
 class Selection(Model):
@@ -137,7 +148,13 @@ def _spec(cache: Cache, selection: Selection) -> TargetSpec:
         InputError: layers or tables that the cache does not have.
     """
     spec = cache.spec
-    held = {name for name, there in (("maps", bool(spec.layers)), ("predictions", spec.classes is not None)) if there}
+    there = {
+        "maps": bool(spec.layers),
+        "predictions": spec.classes is not None,
+        WHOLE: spec.has_whole,
+        HIDDEN: spec.hidden_width is not None,
+    }
+    held = {name for name in there if there[name]}
     wrong = [
         f"layer {layer}: it has {list(spec.layers)}" for layer in selection.layers or () if layer not in spec.layers
     ]
@@ -145,11 +162,16 @@ def _spec(cache: Cache, selection: Selection) -> TargetSpec:
     if wrong:
         raise InputError(f"{cache.folder}: expected what the cache holds, got:{bullet_list(wrong, 20)}")
     tables = held if selection.fields is None else set(selection.fields)
+    if tables & {WHOLE, HIDDEN} and "maps" not in tables:
+        raise InputError(
+            f"{cache.folder}: expected maps together with {WHOLE} and {HIDDEN}, whose records lie beside them"
+        )
     layers = tuple(sorted(selection.layers)) if selection.layers else spec.layers
     return spec.model_copy(
         update={
             "layers": layers if "maps" in tables else (),
             "classes": spec.classes if "predictions" in tables else None,
+            "groups": {name: spec.groups[name] for name in spec.groups if name not in held - tables},
         }
     )
 
@@ -192,7 +214,7 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
     Raises:
         CacheError: the unit is damaged, or has groups that this version does not know.
     """
-    unknown = sorted(unit.attributes.groups.keys() - KNOWN_GROUPS)
+    unknown = sorted(unit.attributes.groups.keys() - known_groups(unit.attributes.spec))
     if unknown:
         raise CacheError(f"{unit.path}: has {', '.join(unknown)}, which this version cannot cut; update dde-cache")
     wanted = set(keys)
@@ -220,12 +242,16 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         prediction_view=columns["view"],
         prediction_pass=columns["pass"],
         further=(_cut_views(unit, place) if "views" in unit.attributes.groups else {})
-        | (cut_partners(unit, place) if unit.has_partners else {}),
+        | (cut_partners(unit, place) if unit.has_partners else {})
+        | (_cut_hidden(unit, place, spec) if spec.hidden_width is not None else {}),
+        whole={name: rows for name, rows in directions.items() if name in ("t2w", "i2w")},
     )
     held = (
         {"samples", "views", "partners"}
         | ({"maps"} if maps is not None else set())
         | ({"predictions"} if logits is not None else set())
+        | ({WHOLE} if spec.has_whole else set())
+        | ({HIDDEN} if spec.hidden_width is not None else set())
     )
     pairs = zip(maps.sample, maps.text, strict=True) if maps else zip(columns["sample"], columns["text"], strict=True)
     attributes = unit.attributes.model_copy(
@@ -256,7 +282,7 @@ def _cut_maps(
 ) -> tuple[MapColumns, Mapping[str, EncodedAttention]]:
     """Keep the records of some samples and layers, padded to the longest of them."""
     held = unit.maps
-    rows = np.flatnonzero((place[held.sample] >= 0) & np.isin(held.layer, spec.layers))
+    rows = _kept_records(held, place, spec)
     maps = MapColumns(*(getattr(held, name)[rows] for name in MapColumns.__dataclass_fields__))
     longest, largest = (int(tokens.max(initial=0)) for tokens in (maps.text_tokens, maps.image_tokens))
     maps = MapColumns(
@@ -268,5 +294,20 @@ def _cut_maps(
     )
     padded, chosen = spec.queries == "all", torch.from_numpy(rows)
     texts, images = (spec.text_length, largest + 1) if padded else (longest, largest)
-    axes = {"t2i": (texts, largest), "i2t": (images, longest)}
-    return maps, {name: unit.attention(name).records(chosen).cut(*axes[name]) for name in spec.directions}
+    together = int((maps.text_tokens + maps.image_tokens).max(initial=0))
+    axes = {"t2i": (texts, largest), "i2t": (images, longest), "t2w": (texts, together), "i2w": (images, together)}
+    return maps, {name: unit.attention(name).records(chosen).cut(*axes[name]) for name in spec.rows}
+
+
+def _kept_records(maps: MapColumns, place: Int[np.ndarray, " n"], spec: TargetSpec) -> Int[np.ndarray, " r"]:
+    return np.flatnonzero((place[maps.sample] >= 0) & np.isin(maps.layer, spec.layers))
+
+
+def _cut_hidden(unit: Unit, place: Int[np.ndarray, " n"], spec: TargetSpec) -> dict[str, np.ndarray]:
+    """Keep the hidden states of some samples and layers."""
+    rows = _kept_records(unit.maps, place, spec)
+    lengths = (unit.maps.text_tokens[rows].max(initial=0), unit.maps.image_tokens[rows].max(initial=0))
+    return {
+        f"{HIDDEN}/{name}": unit.hidden(name)[rows][:, :length]
+        for name, length in zip(HIDDEN_ARRAYS, lengths, strict=True)
+    }

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from dde_cache.codec import dense_rows
 from dde_cache.errors import CacheError
-from dde_cache.spec import Model, Provenance, TargetSpec
+from dde_cache.spec import Direction, Model, Provenance, TargetSpec
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS
-from dde_cache.unit import Unit
+from dde_cache.unit import MapColumns, Unit
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -98,7 +98,7 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
         for direction in cache.spec.directions:
             if cache.spec.weights != "sqrt8":
                 counts[direction] += _count_masses(unit, direction)
-        dense += int((maps.text_tokens * maps.image_tokens).sum()) * 2 * len(counts) * cache.spec.stored_heads
+        dense += _dense_bytes(maps, cache.spec)
         if len(maps.sample):
             text += [int(maps.text_tokens.min()), int(maps.text_tokens.max())]
             image += [int(maps.image_tokens.min()), int(maps.image_tokens.max())]
@@ -125,7 +125,18 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
     )
 
 
-def _count_masses(unit: Unit, direction: str) -> np.ndarray:
+def _dense_bytes(maps: MapColumns, spec: TargetSpec) -> int:
+    """Bytes of a unit's attention rows and hidden states in float16, uncompressed."""
+    words, patches = maps.text_tokens, maps.image_tokens
+    keys = {"t2i": patches, "i2t": words}
+    rows = sum(
+        int(((words if name in ("t2i", "t2w") else patches) * keys.get(name, words + patches)).sum())
+        for name in spec.rows
+    )
+    return 2 * (spec.stored_heads * rows + (spec.hidden_width or 0) * int((words + patches).sum()))
+
+
+def _count_masses(unit: Unit, direction: Direction) -> np.ndarray:
     """How many valid rows keep how many thousandths of their mass; read a chunk at a time."""
     counted = np.zeros(1001, np.int64)
     maps = unit.maps

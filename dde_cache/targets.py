@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from dde_cache.chunks import Chunks, in_threads
 from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, part_names
 from dde_cache.errors import CacheError, PixelDrift, PixelDriftWarning
 from dde_cache.join import join, units_by_source
-from dde_cache.layout import DIRECTIONS
-from dde_cache.lookup import OpenUnit, Table, text_number
+from dde_cache.layout import DIRECTIONS, HIDDEN_ARRAYS
+from dde_cache.lookup import ONLY, ChunkPlace, Members, OpenUnit, Table, text_number
 from dde_cache.mirror import mirror_maps
 from dde_cache.partners import Partner
 from dde_cache.samples import Sample, Shard, Text
+from dde_cache.spec import HIDDEN, Rows
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
 from dde_cache.views import is_spot_checked
@@ -31,36 +31,16 @@ Pixels = Literal["every", "spot"]
 """Every sample, or one in a hundred (`views.is_spot_checked`)."""
 
 
-class _Place(NamedTuple):
-    """Where a chunk lies: unit, `t2i`, `i2t` or `logits`, and its number."""
-
-    unit: str
-    table: str
-    chunk: int
-
-
-@dataclass(frozen=True)
-class _Members:
-    """The pairs of a batch that lie in one chunk of a unit: their numbers in the batch, and their rows in the chunk."""
-
-    unit: str
-    chunk: int
-    numbers: list[int]
-    rows: list[int]
-
-    def place(self, table: str) -> _Place:
-        """The chunk of these rows in one of the tables."""
-        return _Place(self.unit, table, self.chunk)
-
-
 class CacheTargets:
-    """Targets of one layer of a cache, by pair. Holds no open file when it is sent to a worker process.
+    """Targets of some layers of a cache, by pair. Holds no open file when it is sent to a worker process.
 
     Args:
         cache: where the targets are.
         shards: the shards that pair numbers refer to.
-        layer: which of the cache's layers.
+        layer: which of the cache's layers; or several, in the order of their numbers in the batch.
         attention: whether to read maps.
+        rows: which attention rows.
+        hidden: whether to read hidden states.
         padded_queries: whether to read padded query rows, which the cache must then have.
         pixels: of which samples the pixels of a view are compared with what the teacher saw.
         allow_drift: warn about other pixels, once a process, instead of refusing them.
@@ -71,18 +51,22 @@ class CacheTargets:
         self,
         cache: Cache,
         shards: Sequence[Shard],
-        layer: int,
+        layer: int | Sequence[int],
         *,
         attention: bool = True,
+        rows: Sequence[Rows] = DIRECTIONS,
+        hidden: bool = False,
         padded_queries: bool = False,
         pixels: Pixels = "spot",
         allow_drift: bool = False,
         passes: Sequence[int] = (0,),
     ) -> None:
         self._passes = tuple(passes)
-        self._cache, self._layer = cache, layer
+        self._cache, self._layers = cache, (layer,) if isinstance(layer, int) else tuple(layer)
+        self._kinds = tuple(rows) if attention else ()
+        self._hidden, self._reads_records = hidden, hidden or bool(self._kinds)
         self._pixels, self._allow_drift, self._warned = pixels, allow_drift, False
-        self._attention, self._padded_queries = attention, padded_queries
+        self._padded_queries = padded_queries
         self._entries = {entry.name: entry for entry in cache.manifest.units}
         self._sources = [shard.name for shard in shards]
         named = units_by_source(cache)
@@ -90,7 +74,7 @@ class CacheTargets:
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_units": None, "_maps": None, "_logits": None}
+        return self.__dict__ | {"_units": None, "_maps": None, "_logits": None, "_states": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,12 +82,13 @@ class CacheTargets:
 
     def _start(self) -> None:
         self._units = Recent(self._open_unit, lambda _unit: 1, self._cache.open_units)
-        self._maps: Chunks[_Place, EncodedAttention] = Chunks(self._read_maps, self._rows("record"))
-        self._logits: Chunks[_Place, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
+        self._maps: Chunks[ChunkPlace, EncodedAttention] = Chunks(self._read_maps, self._rows("record"))
+        self._states: Chunks[ChunkPlace, np.ndarray] = Chunks(self._read_states, self._rows("record"))
+        self._logits: Chunks[ChunkPlace, np.ndarray] = Chunks(self._read_logits, self._rows("prediction"))
 
     def _open_unit(self, name: str) -> OpenUnit:
-        layer = self._layer if self._attention else None
-        return OpenUnit.of(self._cache.unit(self._entries[name]), layer, self._passes)
+        layers = self._layers if self._reads_records else ()
+        return OpenUnit.of(self._cache.unit(self._entries[name]), layers, self._passes)
 
     def _home(self, shard: int, key: str) -> str:
         """Name the unit that holds a key: one of those of the shard's file name.
@@ -189,19 +174,22 @@ class CacheTargets:
                 warnings.warn(str(drift), PixelDriftWarning, stacklevel=2)
             self._warned = True
 
-    def _read_maps(self, place: _Place, allocate: Allocate) -> EncodedAttention:
-        return self._units(place.unit).unit.attention(place.table, _rows_of(place), allocate)
+    def _read_maps(self, place: ChunkPlace, allocate: Allocate) -> EncodedAttention:
+        return self._units(place.unit).unit.attention(cast(Rows, place.table), place.rows, allocate)
 
-    def _read_logits(self, place: _Place, allocate: Allocate) -> np.ndarray:
-        return self._units(place.unit).unit.logits(_rows_of(place), allocate)
+    def _read_states(self, place: ChunkPlace, allocate: Allocate) -> np.ndarray:
+        return self._units(place.unit).unit.hidden(place.table.removeprefix(f"{HIDDEN}/"), place.rows, allocate)
 
-    def _rows(self, table: Table) -> Callable[[_Place], int]:
+    def _read_logits(self, place: ChunkPlace, allocate: Allocate) -> np.ndarray:
+        return self._units(place.unit).unit.logits(place.rows, allocate)
+
+    def _rows(self, table: Table) -> Callable[[ChunkPlace], int]:
         return lambda place: self._units(place.unit).rows(table, place.chunk)
 
-    def _members(self, pairs: Sequence[Pair], table: Table, image: int = 0) -> Sequence[_Members]:
-        """Group pairs by the chunk in which their rows of a table lie; of maps, those of one image slot."""
-        members: dict[tuple[str, int], _Members] = {}
-        opened: dict[str, tuple[OpenUnit, Mapping[int, Mapping[int, int]]]] = {}
+    def _members(self, pairs: Sequence[Pair], table: Table, layer: int = ONLY, image: int = 0) -> Sequence[Members]:
+        """Group pairs by the chunk in which their rows of a table lie; of maps, those of one layer and image slot."""
+        members: dict[tuple[str, int], Members] = {}
+        opened: dict[str, tuple[OpenUnit, Mapping[tuple[int, int], Mapping[int, int]]]] = {}
         for number, pair in enumerate(pairs):
             name = self._home(pair.shard, pair.key)
             if name not in opened:
@@ -209,7 +197,7 @@ class CacheTargets:
                 opened[name] = held, getattr(held, table)
             unit, rows = opened[name]
             number_of_text = text_number(unit.number(pair.key), pair.text, pair.view, image)
-            row = rows.get(pair.pass_number, {}).get(number_of_text)
+            row = rows.get((pair.pass_number, layer), {}).get(number_of_text)
             if row is None:
                 raise CacheError(
                     f"unit of shard {self._sources[pair.shard]}: expected a target for text {pair.text} of sample "
@@ -217,7 +205,7 @@ class CacheTargets:
                 )
             place = (name, row // CHUNK_PAIRS)
             if place not in members:
-                members[place] = _Members(*place, [], [])
+                members[place] = Members(*place, [], [])
             members[place].numbers.append(number)
             members[place].rows.append(row % CHUNK_PAIRS)
         return list(members.values())
@@ -229,8 +217,9 @@ class CacheTargets:
             `logits` [b, c] where the cache has predictions and all pairs are of pass 0; with attention also
             `token_ids` [b, t] (0 where padded), `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of
             sparse weights `index`, `weight` [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes
-            of the other direction, without the padded image row. Of samples with two images, those of the second are
-            `grid1`, `t2i1.*` and `i2t1.*`.
+            of the other direction, without the padded image row; those of rows over the whole sequence as long as the
+            longest of the batch. Hidden states are `hidden/text` [b, t, w] and `hidden/image` [b, v, w]. For the names
+            of other image slots and layers see `slot_name`.
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
@@ -242,11 +231,12 @@ class CacheTargets:
         batch: dict[str, Tensor] = {}
         if self._cache.spec.classes is not None and not any(pair.pass_number for pair in pairs):
             batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
-        if not self._attention:
+        if not self._reads_records:
             return batch
         mirrored = [row for row, pair in enumerate(pairs) if pair.mirrored]
         for image in range(self._cache.spec.images):
-            batch |= self._gather_maps(pairs, image)
+            for place in range(len(self._layers)):
+                batch |= self._gather_maps(pairs, image, place)
         return mirror_maps(batch, mirrored) if mirrored else batch
 
     def _gather_logits(self, pairs: Sequence[Pair], classes: int) -> Float[np.ndarray, "b c"]:
@@ -257,9 +247,9 @@ class CacheTargets:
         self._logits.taken({place: len(some.rows) for place, some in wanted.items()})
         return logits
 
-    def _gather_maps(self, pairs: Sequence[Pair], image: int) -> Batch:
-        """Tokens, grids and both directions of a batch, of one image slot."""
-        members = self._members(pairs, "record", image)
+    def _gather_maps(self, pairs: Sequence[Pair], image: int, number: int) -> Batch:
+        """Tokens, grids, attention rows and hidden states of a batch, of one image slot and layer (by its number)."""
+        members = self._members(pairs, "record", self._layers[number], image)
         text, grid = np.empty(len(pairs), np.int64), np.empty((len(pairs), 2), np.int64)
         ids = np.zeros((len(pairs), self._cache.spec.text_length), np.int64)
         for some in members:
@@ -271,38 +261,58 @@ class CacheTargets:
         every = self._padded_queries
         texts = self._cache.spec.text_length if every else int(text.max())
         images = int(grid.prod(-1).max()) + 1
-        wanted = {some.place(direction): some for direction in DIRECTIONS for some in members}
+        axes = {"t2i": (texts, images), "i2t": (images + int(every), texts)}
+        together = int((text + grid.prod(-1)).max()) + 1
+        axes |= {"t2w": (texts, together), "i2w": (images + int(every), together)}
+        wanted = {some.place(direction): some for direction in self._kinds for some in members}
         chunks = self._maps.load(wanted)
-        for direction, queries, keys in (("t2i", texts, images), ("i2t", images + int(every), texts)):
+        for direction in self._kinds:
+            queries, keys = axes[direction]
             held = [chunks[some.place(direction)] for some in members]
             # Copied record by record, cut or padded to so many rows and, where every key is kept, keys.
             gathered = blank(held, len(pairs), queries, keys)
             for some, chunk in zip(members, held, strict=True):
                 fill(gathered, some.numbers, chunk, some.rows)
-            batch |= {f"{slot_name(direction, image)}.{name}": part for name, part in gathered.parts.items()}
+            batch |= {f"{slot_name(direction, image, number)}.{name}": part for name, part in gathered.parts.items()}
         self._maps.taken({place: len(some.rows) for place, some in wanted.items()})
+        if self._hidden:
+            lengths = {"text": int(text.max()), "image": images}
+            batch |= {
+                slot_name(f"{HIDDEN}/{name}", image, number): self._gather_states(name, members, lengths[name])
+                for name in HIDDEN_ARRAYS
+            }
         return batch
 
+    def _gather_states(self, name: str, members: Sequence[Members], length: int) -> Float[Tensor, "b n w"]:
+        """Hidden states of a batch's texts or pictures."""
+        wanted = {some.place(f"{HIDDEN}/{name}"): some for some in members}
+        pairs = sum(len(some.rows) for some in members)
+        gathered = np.zeros((pairs, length, self._cache.spec.hidden_width or 0), np.float16)
+        for place, chunk in self._states.load(wanted).items():
+            shared = min(length, chunk.shape[1])
+            gathered[wanted[place].numbers, :shared] = chunk[wanted[place].rows, :shared]
+        self._states.taken({place: len(some.rows) for place, some in wanted.items()})
+        return torch.from_numpy(gathered)
 
-def slot_name(target: str, image: int) -> str:
-    """The name of a target of an image slot: that of the first has no number."""
-    return f"{target}{image}" if image else target
+
+def slot_name(target: str, image: int, layer: int = 0) -> str:
+    """The name of a target of an image slot, and of a layer by its number: the first of either has none (`t2i1@1`)."""
+    return f"{target}{image or ''}" + (f"@{layer}" if layer else "")
 
 
-def _rows_of(place: _Place) -> slice:
-    return slice(place.chunk * CHUNK_PAIRS, (place.chunk + 1) * CHUNK_PAIRS)
-
-
-def decoded(batch: Mapping[str, Tensor], direction: str, steps: int | None, image: int = 0) -> Attention:
+def decoded(
+    batch: Mapping[str, Tensor], direction: str, steps: int | None, image: int = 0, layer: int = 0
+) -> Attention:
     """Decode one direction of a batch's targets, on whatever device they are: whole rows, or sparse ones.
 
     Args:
         batch: with the targets under `target.`.
-        direction: `t2i` or `i2t`.
+        direction: `t2i`, `i2t`, `t2w` or `i2w`.
         steps: of the cache's specification.
         image: slot of the image.
+        layer: number of the layer among those that were read.
     """
-    parts = {name: batch[f"target.{slot_name(direction, image)}.{name}"] for name in part_names(steps)}
+    parts = {name: batch[f"target.{slot_name(direction, image, layer)}.{name}"] for name in part_names(steps)}
     return decode(from_parts(parts, steps))
 
 

@@ -8,12 +8,12 @@ two cross-modal blocks are computed from them, the whole attention never is.
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -26,10 +26,11 @@ from transformers import (
     ViltModel,
 )
 
-from dde_cache.attention import QueryKey, block_softmax
+from dde_cache.attention import QueryKey, block_softmax, valid_first
 from dde_cache.errors import InputError, TeacherError
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
-from dde_cache.vilt import capture_query_key, embed_patches
+from dde_cache.spec import Rows
+from dde_cache.vilt import capture_query_key, capture_states, embed_patches
 
 SAMPLE_TEACHER = "sample"
 """Name of the teacher that ships with the package."""
@@ -55,11 +56,36 @@ class CrossAttention:
 
 
 @dataclass(frozen=True)
+class WholeAttention:
+    """Attention of each modality's queries over every valid token; rows sum to 1, keys [valid text; valid image]."""
+
+    t2w: Float[Tensor, "b h t n"]
+    i2w: Float[Tensor, "b h v n"]
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a block puts out, by modality; what lies behind the valid tokens means nothing."""
+
+    text: Float[Tensor, "b t w"]
+    image: Float[Tensor, "b v w"]
+
+
+@dataclass(frozen=True)
 class TeacherOutput:
-    """What one forward pass gives: attention by (image slot, layer), and logits where the teacher has a task head."""
+    """What one forward pass gives: attention by (image slot, layer), and logits where the teacher has a task head.
+
+    Whole rows and hidden states are there, by (image slot, layer), where they were asked for.
+    """
 
     attention: Mapping[tuple[int, int], CrossAttention]
     logits: Float[Tensor, "b c"] | None
+    whole: Mapping[tuple[int, int], WholeAttention] = field(default_factory=dict)
+    hidden: Mapping[tuple[int, int], HiddenStates] = field(default_factory=dict)
+
+    def rows(self, name: Rows, image: int, layer: int) -> Float[Tensor, "b h q k"]:
+        """One kind of attention rows."""
+        return getattr((self.attention if name in ("t2i", "i2t") else self.whole)[image, layer], name)
 
 
 def joint_pass(
@@ -155,6 +181,11 @@ class FusionTeacher:
         return int(self.config.num_attention_heads)
 
     @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
     def labels(self) -> tuple[str, ...] | None:
         """The answers in logit order, or None where the teacher has no task head."""
         if not hasattr(self.model, "classifier"):
@@ -176,7 +207,14 @@ class FusionTeacher:
 
     @torch.inference_mode()
     def __call__(
-        self, tokens: TokenBatch, pictures: Sequence[PixelBatch], layers: Sequence[int], *, padded_queries: bool = False
+        self,
+        tokens: TokenBatch,
+        pictures: Sequence[PixelBatch],
+        layers: Sequence[int],
+        *,
+        padded_queries: bool = False,
+        whole: bool = False,
+        hidden: bool = False,
     ) -> TeacherOutput:
         """Run the teacher and compute the cross-modal blocks of `layers`.
 
@@ -185,6 +223,8 @@ class FusionTeacher:
             pictures: for each image slot, the pictures of the batch.
             layers: which blocks, 0-based.
             padded_queries: keep one padded image row, at the position after the picture's last token.
+            whole: give the rows over the whole sequence too.
+            hidden: give the hidden states too.
 
         Raises:
             InputError: the teacher wants another number of pictures.
@@ -192,16 +232,21 @@ class FusionTeacher:
         if self.images != len(pictures):
             raise InputError(f"expected {self.images} images a sample for this teacher, got {len(pictures)}")
         vilt = self.model.vilt if hasattr(self.model, "vilt") else self.model
-        attention = {}
+        attention, whole_rows, states = {}, {}, {}
         pooled = []
+        blocks, length = vilt.encoder.layer, tokens.mask.shape[1]
         for slot, picture in enumerate(pictures):
-            with capture_query_key(vilt.encoder.layer, layers) as capture:
+            with capture_query_key(blocks, layers) as capture, capture_states(blocks, layers if hidden else ()) as held:
                 pool, image_mask = joint_pass(vilt, tokens, picture, slot, padding=int(padded_queries))
             pooled.append(pool)
             for layer in layers:
                 attention[slot, layer] = cross_attention(capture[layer], tokens.mask.bool(), image_mask)
+                if whole:
+                    whole_rows[slot, layer] = whole_attention(capture[layer], tokens.mask.bool(), image_mask)
+                if hidden:
+                    states[slot, layer] = HiddenStates(held[layer][:, :length], held[layer][:, length:])
         logits = None if self.labels is None else _classify(self.model, pooled).float()
-        return TeacherOutput(attention, logits)
+        return TeacherOutput(attention, logits, whole_rows, states)
 
 
 def cross_attention(joint: QueryKey, text_mask: Int[Tensor, "b t"], image_mask: Int[Tensor, "b v"]) -> CrossAttention:
@@ -214,6 +259,17 @@ def cross_attention(joint: QueryKey, text_mask: Int[Tensor, "b t"], image_mask: 
         t2i=block_softmax(text_query, image_key, image_mask, scale),
         i2t=block_softmax(image_query, text_key, text_mask, scale),
     )
+
+
+def whole_attention(joint: QueryKey, text_mask: Bool[Tensor, "b t"], image_mask: Bool[Tensor, "b v"]) -> WholeAttention:
+    """A joint self-attention over [text; image], the valid keys of each sample first."""
+    mask = torch.cat([text_mask, image_mask], dim=1)
+    rows = block_softmax(joint.query, joint.key, mask, joint.query.shape[-1] ** -0.5)
+    # Where nothing is padded, the keys are in their order already.
+    if not bool(mask.all()):
+        rows = rows.gather(-1, valid_first(mask)[:, None, None, :].expand(rows.shape))
+    length = text_mask.shape[1]
+    return WholeAttention(t2w=rows[:, :, :length], i2w=rows[:, :, length:])
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

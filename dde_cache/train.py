@@ -14,7 +14,6 @@ from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
 from dde_cache.distill import (
     CachedTargets,
-    LabelsOnly,
     OnlineTargets,
     StudentLosses,
     Targets,
@@ -23,7 +22,7 @@ from dde_cache.distill import (
 )
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
-from dde_cache.prepare import TrainingPlan, check_heads, plan_training
+from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
@@ -93,8 +92,7 @@ def train(
     plan = plan_training(shards, valid, targets, config, task)
     torch.manual_seed(config.seed)
     student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
-    if config.attention_weight and not isinstance(targets, LabelsOnly):
-        check_heads(student, targets, plan)
+    fit_student(student, targets, config, plan)
     sides, full_text = 1 + config.remap_flips, config.queries == "all"
     table = plan.table.in_views(plan.views, sides)
     read = plan.preprocessor, plan.labels
@@ -115,7 +113,7 @@ def train(
     ranks.on_first(begin)
 
     def save(model: nn.Module) -> None:
-        model.save_pretrained(out / MODEL)  # type: ignore[operator]
+        model.save_pretrained(out / MODEL, state_dict=exported(model))  # type: ignore[operator]
         plan.preprocessor.save(out / MODEL)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:

@@ -24,11 +24,11 @@ from dde_cache.arrays import MapColumns as MapColumns
 from dde_cache.arrays import UnitArrays as UnitArrays
 from dde_cache.arrays import unit_members
 from dde_cache.blocks import Allocate, Blocks
-from dde_cache.bounds import unsafe
+from dde_cache.bounds import not_finite, unsafe
 from dde_cache.codec import EncodedAttention, from_numpy, part_names
 from dde_cache.errors import CacheError, bullet_list
-from dde_cache.layout import KNOWN_GROUPS, MAP_COLUMNS, MAX_TOKENS, array_names, layout_problems
-from dde_cache.spec import FORMAT_VERSION, UnitAttributes, hash_json
+from dde_cache.layout import GROUP_OF_ROWS, MAP_COLUMNS, MAX_TOKENS, array_names, known_groups, layout_problems
+from dde_cache.spec import FORMAT_VERSION, HIDDEN, Rows, UnitAttributes, hash_json
 
 SUFFIX = ".zarr.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -139,7 +139,8 @@ class Unit:
             ) from error
         except _DAMAGE as error:
             raise self._damaged("its metadata", error) from error
-        unknown = [name for name, group in attributes.groups.items() if group.required and name not in KNOWN_GROUPS]
+        known = known_groups(attributes.spec)
+        unknown = [name for name, group in attributes.groups.items() if group.required and name not in known]
         if unknown:
             raise CacheError(
                 f"{self.path}: requires {', '.join(unknown)[:200]}, unknown to this version; update dde-cache"
@@ -215,29 +216,32 @@ class Unit:
             CacheError: a record has more tokens than its maps have rows or, where every key is kept, keys.
         """
         maps = MapColumns(*(self.array(f"maps/{name}").astype(np.int64) for name in MAP_COLUMNS))
-        if len(maps.sample):
-            text, image = [maps.token_ids.shape[1]], [MAX_TOKENS]
-            if "t2i" in self.attributes.spec.directions:
-                text.append(self._rows("t2i"))
-                image.append(self._keys("t2i"))
-            if "i2t" in self.attributes.spec.directions:
-                text.append(self._keys("i2t"))
-                image.append(self._rows("i2t") - int(self.attributes.spec.queries == "all"))
-            for name, tokens, rows in (
-                ("text_tokens", maps.text_tokens, min(text)),
-                ("grid", maps.image_tokens, min(image)),
-            ):
-                if tokens.max() > rows:
-                    raise self._damaged(f"maps/{name}", f"expected at most {rows} tokens, got {tokens.max()}")
+        if not len(maps.sample):
+            return maps
+        spec = self.attributes.spec
+        both = maps.text_tokens + maps.image_tokens
+        text, image, together = [maps.token_ids.shape[1]], [MAX_TOKENS], [2 * MAX_TOKENS]
+        for name in spec.rows:
+            queries, keys = self._axes(name)
+            of_text = name in ("t2i", "t2w")
+            (text if of_text else image).append(queries - int(spec.queries == "all" and not of_text))
+            {"t2i": image, "i2t": text}.get(name, together).append(keys)
+        if spec.hidden_width is not None:
+            for array, lengths in (("text", text), ("image", image)):
+                lengths.append(self._blocks.layout(f"{HIDDEN}/{array}").shape[1])
+        for what, tokens, most in (
+            ("text_tokens", maps.text_tokens, text),
+            ("grid", maps.image_tokens, image),
+            ("grid", both, together),
+        ):
+            if tokens.max() > min(most):
+                raise self._damaged(f"maps/{what}", f"expected at most {min(most)} tokens, got {tokens.max()}")
         return maps
 
-    def _rows(self, direction: str) -> int:
-        return self._blocks.layout(f"maps/{direction}/weight").shape[2]
-
-    def _keys(self, direction: str) -> int:
-        if self.attributes.spec.steps is None:
-            return MAX_TOKENS
-        return self._blocks.layout(f"maps/{direction}/weight").shape[3]
+    def _axes(self, name: Rows) -> tuple[int, int]:
+        """Query rows, and keys where every key is kept."""
+        shape = self._blocks.layout(f"{GROUP_OF_ROWS[name]}/{name}/weight").shape
+        return shape[2], 2 * MAX_TOKENS if self.attributes.spec.steps is None else shape[3]
 
     @property
     def has_maps(self) -> bool:
@@ -260,9 +264,9 @@ class Unit:
         return "partners" in self.attributes.groups
 
     def attention(
-        self, direction: str, rows: slice = slice(None), allocate: Allocate | None = None
+        self, direction: Rows, rows: slice = slice(None), allocate: Allocate | None = None
     ) -> EncodedAttention:
-        """Encoded `t2i` or `i2t` attention of some records, in memory of `allocate` where it is given.
+        """Encoded attention rows (`t2i`, ...) of some records, in memory of `allocate` where it is given.
 
         Raises:
             CacheError: a checksum does not hold, or a number is outside its bounds.
@@ -272,7 +276,7 @@ class Unit:
         filled, keys = self.filled(direction)
         problems = unsafe(parts, filled[rows], keys[rows], spec)
         if problems:
-            raise self._damaged(f"maps/{direction}", "; ".join(problems))
+            raise self._damaged(f"{GROUP_OF_ROWS[direction]}/{direction}", "; ".join(problems))
         # torch has no comfortable unsigned types beyond 8 bits; positions are never that large.
         wide = {
             name: part.view(f"i{part.itemsize}") for name, part in parts.items() if part.dtype.str[1:] in ("u2", "u4")
@@ -280,7 +284,7 @@ class Unit:
         return from_numpy({**parts, **wide}, spec.steps)
 
     def parts(
-        self, direction: str, rows: slice = slice(None), allocate: Allocate | None = None
+        self, direction: Rows, rows: slice = slice(None), allocate: Allocate | None = None
     ) -> Mapping[str, np.ndarray]:
         """The arrays of one direction as they are on disk, by name, unchecked.
 
@@ -288,15 +292,32 @@ class Unit:
             CacheError: a checksum does not hold.
         """
         names = part_names(self.attributes.spec.steps)
-        return {name: self.array(f"maps/{direction}/{name}", rows, allocate) for name in names}
+        folder = f"{GROUP_OF_ROWS[direction]}/{direction}"
+        return {name: self.array(f"{folder}/{name}", rows, allocate) for name in names}
 
-    def filled(self, direction: str) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " r"]]:
+    def filled(self, direction: Rows) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " r"]]:
         """How many query rows of each record are filled, and how many keys they have."""
         maps, spec = self.maps, self.attributes.spec
-        if direction == "t2i":
+        keys = {"t2i": maps.image_tokens, "i2t": maps.text_tokens}
+        together = maps.text_tokens + maps.image_tokens
+        if direction in ("t2i", "t2w"):
             rows = np.full_like(maps.text_tokens, spec.text_length) if spec.queries == "all" else maps.text_tokens
-            return rows, maps.image_tokens
-        return maps.image_tokens + int(spec.queries == "all"), maps.text_tokens
+        else:
+            rows = maps.image_tokens + int(spec.queries == "all")
+        return rows, keys.get(direction, together)
+
+    def hidden(
+        self, name: str, rows: slice = slice(None), allocate: Allocate | None = None
+    ) -> Float[np.ndarray, "r n w"]:
+        """Hidden states (`text` or `image`) of some records, in memory of `allocate` where it is given.
+
+        Raises:
+            CacheError: a checksum does not hold, or a number is not finite.
+        """
+        states = self.array(f"{HIDDEN}/{name}", rows, allocate)
+        if not_finite(states).any():
+            raise self._damaged(f"{HIDDEN}/{name}", "expected finite numbers, got others")
+        return states
 
     def logits(self, rows: slice = slice(None), allocate: Allocate | None = None) -> Float[np.ndarray, "p c"]:
         """The teacher's logits of some predictions, in memory of `allocate` where it is given.

@@ -103,6 +103,22 @@ def _keep(store: dict[int, Tensor], layer: int, _module: nn.Module, _inputs: obj
 
 
 @contextmanager
+def capture_states(blocks: Any, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "b n w"]]]:
+    """Keep what some of a stack of ViLT blocks put out while the context is open, by their number."""
+    states: dict[int, Tensor] = {}
+
+    def keep(layer: int, _module: nn.Module, _inputs: object, output: tuple[Tensor, ...]) -> None:
+        states[layer] = output[0]
+
+    handles = [blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def capture_query_key(blocks: Any, layers: Sequence[int]) -> Iterator[QueryKeyCapture]:
     """Keep the query and key projections of `layers` of a stack of ViLT blocks while the context is open.
 

@@ -69,10 +69,10 @@ def make_cache(shards, teacher_folder, out, **config):
     return Cache(out)
 
 
-def whole_batch(shards, preprocessor, labels, reader=None, full_text=False, pairs=None):
+def whole_batch(shards, preprocessor, labels, reader=None, full_text=False, pairs=None, **options):
     """Every pair, or some, as one batch."""
     table = PairTable.of(shards)
-    dataset = PairDataset(shards, table, preprocessor, labels, reader, full_text=full_text)
+    dataset = PairDataset(shards, table, preprocessor, labels, reader, full_text=full_text, **options)
     return dataset.__getitems__(list(range(len(table))) if pairs is None else pairs)
 
 

@@ -30,6 +30,7 @@ GOLDEN = Path(__file__).parent / "golden" / "v1"
 NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 READER = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
 ROUNDING = 1e-6
+UNIT = "000000.zarr.zip"
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,23 @@ def test_a_golden_cache_of_passes():
     assert {"a", "long", "elsewhere/\u00df"} == set(names)
     assert set(unit.array("predictions/pass").tolist()) == {0}
     unit.close()
+
+
+def test_a_golden_cache_of_what_lies_beside_the_maps():
+    """Whole rows and hidden states, by our reader; by anybody's they are plain arrays."""
+    cache = Cache(GOLDEN / "beside")
+    assert (cache.spec.has_whole, cache.spec.hidden_width) == (True, 5)
+    expected = np.load(GOLDEN / "expected-beside.npz", allow_pickle=False)
+    for number, entry in enumerate(cache.manifest.units):
+        unit = cache.unit(entry)
+        assert list(audit(unit)) == []
+        for name in ("t2w", "i2w"):
+            dense = expected[f"{number}.{name}"]
+            found = dense_rows(unit.attention(name), dense.shape[-1]).numpy()
+            np.testing.assert_allclose(found, dense, rtol=0, atol=ROUNDING)
+        for name in ("text", "image"):
+            np.testing.assert_array_equal(unit.hidden(name), expected[f"{number}.hidden_{name}"])
+        unit.close()
 
 
 def test_the_golden_caches_hold_what_they_should():
@@ -309,10 +327,11 @@ def test_the_page_names_every_field_and_array():
     table = page.split("### spec\n")[1].split("\n## ")[0]
     named = {name.strip() for row in re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE) for name in row.split(",")}
     assert named - {"field"} == set(TargetSpec.model_fields)
-    units = [GOLDEN / cache / "units" / "000000.zarr.zip" for cache in ("two-images", "passes")]
-    for name in (name for unit in units for name, _ in _arrays(unit)):
+    caches = ("two-images", "beside", "passes")
+    names = [name for cache in caches for name, _ in _arrays(GOLDEN / cache / "units" / UNIT)]
+    for name in names:
         group, _, last = name.rpartition("/")
-        if group != "maps/i2t":
+        if group not in ("maps/i2t", "whole/i2w"):
             assert f"{name} |" in page or re.search(rf"\| {group}/.*\b{last}\b.* \|", page), name
 
 

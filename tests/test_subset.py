@@ -224,7 +224,7 @@ def test_the_command(cache, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     for wrong, message in (
         ((), "expected --units, --keys, --layers or --fields, got none"),
-        (("--fields", "maps,colours"), "expected --fields maps, predictions or maps,predictions"),
+        (("--fields", "maps,colours"), "expected --fields of maps, predictions, whole, hidden"),
         (("--keys", tmp_path / "empty.txt"), "expected keys, one a line, found none"),
         (("--keys", tmp_path / "nowhere.txt"), "cannot be read"),
     ):

@@ -265,7 +265,9 @@ def test_a_loss_of_weight_zero_reads_no_targets(shards, caches, tmp_path):
     assert not {"t2i", "i2t"} & steps_of(tmp_path / "soft")[0].keys()
     with mock.patch.object(CacheTargets, "targets", side_effect=AssertionError("targets were read")):
         run(shards, CachedTargets(caches()), tmp_path / "hard", attention_weight=0.0, soft_weight=0.0, hard_weight=1.0)
-    with pytest.raises(ValueError, match="at least one of attention_weight, soft_weight and hard_weight"):
+    with pytest.raises(
+        ValueError, match="at least one of attention_weight, soft_weight, hard_weight and hidden_weight"
+    ):
         TrainConfig(attention_weight=0, soft_weight=0, hard_weight=0)
 
 
@@ -296,7 +298,7 @@ def test_the_dide_recipe(shards, caches, teacher_folder, tmp_path):
     every = caches("dide", queries="all", k=4)
     with pytest.raises(InputError, match="pass --init CHECKPOINT"):
         lacking_of_preset("dide", CachedTargets(every), None)
-    with pytest.raises(InputError, match="expected a preset of dide, got 'dede'"):
+    with pytest.raises(InputError, match="expected a preset of dide, dide-t2i"):
         lacking_of_preset("dede", CachedTargets(every), "x")
     lacking = " ".join(lacking_of_preset("dide", CachedTargets(every), str(teacher_folder)))
     assert "RandAugment" in lacking
@@ -344,7 +346,7 @@ def test_towers_that_read_something_else(shards, caches, save_teacher, tmp_path)
     other = save_teacher(hidden_size=24, num_attention_heads=2)
     refused(
         TeacherError,
-        "teacher's 3 attention heads, got 2; extract with --heads mean",
+        "teacher's 3 attention heads, got 2; train with --heads mean",
         lambda: run(shards, CachedTargets(caches()), tmp_path / "run", init=str(other)),
     )
     words = save_teacher(vocab_size=40)

@@ -12,6 +12,7 @@ the package.
     whole-rows   mean head, float16, every key, padded query rows, no predictions
     every-key    sqrt8 of 40 steps, padded query rows, 2 layers, 3 answers; pictures of two sizes
     logits       predictions alone
+    beside       rows over the whole sequence, hidden states of width 5; 2 images, 2 layers, sqrt8, padded query rows
 """
 
 import json
@@ -73,6 +74,13 @@ DIFFERENT = {
         "teacher_heads": 2, "images": 2, "layers": (), "heads": "all", "queries": "valid", "k": 3, "weights": "log8",
         "classes": 3,
     },
+    "beside": {
+        "teacher_heads": 2, "images": 2, "layers": (1, 2), "heads": "all", "queries": "all", "weights": "sqrt8",
+        "steps": 56, "classes": 3,
+        "groups": {
+            "whole": {"keys": "valid text then valid image v1"}, "hidden": {"states": "block output v1", "width": 5},
+        },
+    },
 }  # fmt: skip
 SPECS = {name: TargetSpec(**COMMON | different) for name, different in DIFFERENT.items()}
 UNITS = {
@@ -82,6 +90,7 @@ UNITS = {
     "every-key": (("a", "long"),),
     "one-way": (("a", "b"),),
     "logits": (("a", "b"), ("c",)),
+    "beside": (("a", "long"),),
 }
 """Sample keys of each unit."""
 
@@ -203,6 +212,16 @@ def partners_of(spec: TargetSpec, keys: tuple[str, ...], content: np.ndarray) ->
     }
 
 
+def states_of(width: int, tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hidden states of every record: of token n in place w of record r some wave of r, n and w; 0 behind the tokens."""
+    arrays = {}
+    for name, counts in tokens.items():
+        record, token, place = np.indices((len(counts), max(counts), width))
+        wave = np.sin(record + 2 * token + 3 * place + len(name)) * 100
+        arrays[f"hidden/{name}"] = np.where(token < counts[:, None, None], wave, 0).astype(np.float16)
+    return arrays
+
+
 def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitArrays, dict[str, np.ndarray]]:
     """A unit's arrays and what they decode to."""
     content = (np.arange(32 * len(keys)).reshape(-1, 32) * 7 + number).astype(np.uint8)
@@ -228,16 +247,22 @@ def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitA
         padded = spec.queries == "all"
         rows = {"t2i": [HIGHEST] * len(words) if padded else words.tolist(), "i2t": (patches + padded).tolist()}
         count = {"t2i": patches.tolist(), "i2t": words.tolist()}
-        for salt, direction in enumerate(spec.directions):
+        count |= dict.fromkeys(("t2w", "i2w"), (words + patches).tolist())
+        rows |= {"t2w": rows["t2i"], "i2w": rows["i2t"]}
+        further = ("t2w", "i2w") if "whole" in spec.groups else ()
+        for salt, direction in enumerate((*spec.directions, *further)):
             make = direction_of if spec.steps is None else whole_direction_of
             stored, dense = make(spec, rows[direction], count[direction], max(rows[direction]), 17 * salt)
             signed = {name: part.view(np.int16) if part.dtype == np.uint16 else part for name, part in stored.items()}
-            arrays[direction] = from_numpy(signed, spec.steps)
+            into = arrays.setdefault("whole", {}) if direction in further else arrays
+            into[direction] = from_numpy(signed, spec.steps)
             expected[direction] = dense.astype(np.float32)
         expected |= {"maps": records, "text_tokens": words, "token_ids": ids, "grid": grid}
     if "partners" in spec.groups:
         arrays["further"] = partners_of(spec, keys, content)
-        expected |= {name.replace("/", "_"): values for name, values in arrays["further"].items()}
+    if "hidden" in spec.groups:
+        arrays["further"] = states_of(spec.groups["hidden"]["width"], {"text": words, "image": patches})
+    expected |= {name.replace("/", "_"): values for name, values in arrays.get("further", {}).items()}
     if number == 1 and "hologram" in spec.groups:
         arrays["further"] = {"hologram/depth": np.arange(6, dtype=np.float32)}
     return UnitArrays(**arrays), expected
@@ -264,8 +289,8 @@ def main(names: list[str]) -> None:
             arrays, decoded = unit_of(spec, keys, number)
             held = {"samples": True} | ({"maps": True} if spec.layers else {})
             held |= {"predictions": True} if spec.classes else {}
-            held |= {"partners": False} if "partners" in spec.groups else {}
             held |= {"hologram": False} if "hologram/depth" in arrays.further else {}
+            held |= {group: False for group in ("whole", "hidden", "partners") if group in spec.groups}
             fields = {
                 "format_version": FORMAT_VERSION,
                 "spec": spec,
