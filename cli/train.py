@@ -92,28 +92,10 @@ def train(
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
     _check_stage(stage, preset, task_name, passes)
-    given = {
-        "passes": passes.split(",") if passes is not None else None,
-        "task": task_name,
-        "steps": steps,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "learning_rate": learning_rate,
-        "precision": precision,
-        "seed": seed,
-        "directions": directions,
-        "attention": attention,
-        "layer_map": layer_map,
-        "heads": heads,
-        "queries": queries,
-        "temperature": temperature,
-        "hidden_weight": hidden_weight,
-        "tail": tail,
-        "workers": workers,
-        "remap_flips": remap_flips or None,
-        "tensorboard": tensorboard,
-    }
+    # Options that are settings have their names.
+    given = {name: value for name, value in locals().items() if name in PretrainConfig.model_fields}
+    named = None if passes is None else passes.split(",")
+    given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": named}
     settings = _settings(stage, config, set_, preset, given)
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))

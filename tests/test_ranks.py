@@ -254,6 +254,20 @@ def test_two_ranks_drop_what_two_micro_batches_drop(shards, cache, tmp_path):
     assert metrics(tmp_path / "other")[0]["loss"] != pytest.approx(metrics(tmp_path / "one")[0]["loss"], rel=1e-4)
 
 
+def test_every_choice_on_two_ranks(shards, teacher_folder, tmp_path):
+    """Whole rows, several layers, hidden states with their projections: what each rank has is one part of a sum."""
+    cache = make_cache(
+        shards, teacher_folder, tmp_path / "cache", queries="all", layers=(0, 2), targets=("cross", "whole", "hidden")
+    )
+    chosen = {"attention": "whole", "layer_map": "0:1,2:2", "hidden_weight": 0.5, "temperature": 2.0, "heads": "mean"}
+    command = arguments(shards, cache, tmp_path / "two", **chosen)
+    on_two_ranks(tmp_path, *command)
+    one = cli(*arguments(shards, cache, tmp_path / "one", **chosen))
+    assert one.code == 0, one.err
+    assert "hidden@0:1" in metrics(tmp_path / "one")[0]
+    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_on_two_ranks_resumed_on_one(shards, cache, tmp_path, number):
     """A signal to one rank (the one that does not write) stops both after the same step, with a checkpoint."""
