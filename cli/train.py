@@ -94,7 +94,8 @@ def train(
     _check_stage(stage, preset, task_name, passes)
     # Options that are settings have their names.
     given = {name: value for name, value in locals().items() if name in PretrainConfig.model_fields}
-    given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": passes.split(",") if passes else None}
+    named = None if passes is None else passes.split(",")
+    given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": named}
     settings = _settings(stage, config, set_, preset, given)
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))

@@ -75,10 +75,7 @@ class PartnerPool:
         this text among its own."""
         own, candidate = self._samples[key], self._samples[other]
         return (
-            other != key
-            and candidate.images == own.images
-            and candidate.pictures != own.pictures
-            and plain(text) not in candidate.texts
+            candidate.images == own.images and candidate.pictures != own.pictures and plain(text) not in candidate.texts
         )
 
     def pick(self, key: str, slot: int, text: str, view: int = 0, recipe: str = NEGATIVE) -> Partner:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from pipeline import make_cache, make_shards, tree
 
-from dde_cache import train as training
 from dde_cache.distill import CachedTargets, TrainConfig
 from dde_cache.errors import RunError
 from dde_cache.fit import Fit, Progress, rate_at
 from dde_cache.runs import FitConfig, open_run
+from dde_cache.student import DualEncoder
 from dde_cache.tasks import SingleLabel
 from dde_cache.terms import Objective, Term
 from dde_cache.train import train
@@ -104,13 +104,13 @@ def test_validation_chooses_the_best(shards, targets, tmp_path, monkeypatch):
     saved = {}
     accuracies = iter([0.5, 0.5, 0.2])
     monkeypatch.setattr(SingleLabel, "score", lambda self, predictions: next(accuracies))
-    original = training.DualEncoder.save_pretrained
+    original = DualEncoder.save_pretrained
 
     def save(model, folder, **options):
         saved[len(saved)] = {name: value.clone() for name, value in model.state_dict().items()}
         return original(model, folder, **options)
 
-    monkeypatch.setattr(training.DualEncoder, "save_pretrained", save)
+    monkeypatch.setattr(DualEncoder, "save_pretrained", save)
     record = train(shards, targets, tmp_path / "run", settings(), valid=shards)
     assert (record.best_accuracy, record.best_step) == (0.5, 6)
     assert len(saved) == 2

@@ -1,6 +1,7 @@
 """The contract: the reader that stands in docs/format.md, ours, and caches that are read for ever agree."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -17,6 +18,8 @@ from dde_cache import schemas
 from dde_cache.audit import audit
 from dde_cache.codec import dense_rows
 from dde_cache.errors import CacheError
+from dde_cache.partners import read_partners
+from dde_cache.passes import pass_name
 from dde_cache.spec import TargetSpec, difference
 from dde_cache.store import Cache
 from dde_cache.subset import Selection, subset
@@ -147,6 +150,24 @@ def test_a_golden_cache(name, read_cache):
                 assert not dense[..., got.shape[-1] :].any()
         unit.close()
     assert next(rows, None) is None
+
+
+def test_a_golden_cache_of_passes():
+    """The recipes' names, and partners by place: one in the unit, one that is not in the cache."""
+    cache = Cache(GOLDEN / "passes")
+    assert [pass_name(recipe) for recipe in cache.spec.passes] == ["matched", "masked", "negative"]
+    expected = np.load(GOLDEN / "expected-passes.npz", allow_pickle=False)
+    unit = cache.unit(cache.manifest.units[0])
+    assert list(audit(unit)) == []
+    offsets, text = expected["0.partners_key_offsets"], expected["0.partners_key_bytes"].tobytes()
+    names = [text[start:stop].decode() for start, stop in itertools.pairwise(offsets)]
+    columns = (expected[f"0.partners_{name}"].tolist() for name in ("sample", "text", "view", "pass"))
+    found = [(*place, one.key, one.content) for place, one in read_partners(unit).items()]
+    hashes = [row.tobytes() for row in expected["0.partners_content"]]
+    assert found == list(zip(*columns, names, hashes, strict=True))
+    assert {"a", "long", "elsewhere/\u00df"} == set(names)
+    assert set(unit.array("predictions/pass").tolist()) == {0}
+    unit.close()
 
 
 def test_a_golden_cache_of_what_lies_beside_the_maps():
@@ -306,7 +327,8 @@ def test_the_page_names_every_field_and_array():
     table = page.split("### spec\n")[1].split("\n## ")[0]
     named = {name.strip() for row in re.findall(r"^\| ([a-z_, ]+) \|", table, re.MULTILINE) for name in row.split(",")}
     assert named - {"field"} == set(TargetSpec.model_fields)
-    names = [name for cache in ("two-images", "beside") for name, _ in _arrays(GOLDEN / cache / "units" / UNIT)]
+    caches = ("two-images", "beside", "passes")
+    names = [name for cache in caches for name, _ in _arrays(GOLDEN / cache / "units" / UNIT)]
     for name in names:
         group, _, last = name.rpartition("/")
         if group not in ("maps/i2t", "whole/i2w"):

@@ -352,6 +352,22 @@ def test_views_and_passes_together(shards, teacher_folder, tmp_path):
     assert len(metrics(tmp_path / "run")) == 8
 
 
+def test_other_records_of_the_teacher_are_learned_in_every_pass(shards, teacher_folder, teacher, tmp_path):
+    """Rows over the whole sequence, hidden states and two layers, from the cache and from the teacher itself."""
+    kept = {"layers": (1, LAYER), "targets": ("cross", "whole", "hidden")}
+    cache = make_cache(shards, teacher_folder, tmp_path / "cache", **EXACT | kept)
+    choices = {"attention": "whole", "layer_map": "1:1,2:2", "hidden_weight": 1.0, "steps": 2, "passes": ALL}
+    config = PretrainConfig(**SETTINGS | choices)
+    pretrain(shards, CachedTargets(cache), tmp_path / "cached", config)
+    pretrain(shards, OnlineTargets(teacher, LAYER), tmp_path / "online", config)
+    one, other = (metrics(tmp_path / name) for name in ("cached", "online"))
+    assert {f"{name}{row}@{layers}" for name in ("", "masked.", "negative.") for row in ("t2w", "i2w", "hidden")
+            for layers in ("1:1", "2:2")} <= one[0].keys()  # fmt: skip
+    for cached, online in zip(one, other, strict=True):
+        # Hidden states are stored in 16 bits.
+        assert cached == pytest.approx(online, rel=2e-3, abs=1e-4)
+
+
 # Fine-tuning from it.
 
 
@@ -431,6 +447,7 @@ def test_settings_that_make_no_sense(settings, message):
         (["--passes", "matched"], "--stage pretrain alone"),
         (["--stage", "both"], "--stage pretrain or finetune"),
         (["--stage", "pretrain", "--passes", "matched,other"], "passes"),
+        (["--stage", "pretrain", "--passes", ""], "passes"),
     ],
 )
 def test_options_of_another_stage(options, message, shards, cache, tmp_path):

@@ -8,6 +8,7 @@ the package.
 
     two-images   2 images a sample, 2 views, 2 passes, 2 layers, 2 heads, log8 with at most 3 keys, 3 answers; one unit
                  has positions above 255, one has a group that no reader knows and none needs
+    passes       2 views, masked and negative passes; partners in the unit and elsewhere; logits of matched pairs alone
     whole-rows   mean head, float16, every key, padded query rows, no predictions
     every-key    sqrt8 of 40 steps, padded query rows, 2 layers, 3 answers; pictures of two sizes
     logits       predictions alone
@@ -48,6 +49,16 @@ DIFFERENT = {
         "layers": (1, 3), "heads": "all", "queries": "valid", "k": 3, "weights": "log8", "classes": 3,
         "groups": {"hologram": {"depth": 2}},
     },
+    "passes": {
+        "teacher_heads": 2, "view": "example 1", "views": 2, "layers": (3,), "heads": "all", "queries": "valid",
+        "weights": "sqrt8", "steps": 56, "classes": 3,
+        "passes": (
+            "matched",
+            "masked 1: 15 % of the tokens, at least one; of these 80 % [MASK], 10 % random, 10 % kept",
+            "negative 1: the picture of another sample of the shard",
+        ),
+        "groups": {"partners": {"exchanged": "picture"}},
+    },
     "whole-rows": {
         "teacher_heads": 2, "layers": (3,), "heads": "mean", "queries": "all", "weights": "float16", "classes": None,
     },
@@ -74,6 +85,7 @@ DIFFERENT = {
 SPECS = {name: TargetSpec(**COMMON | different) for name, different in DIFFERENT.items()}
 UNITS = {
     "two-images": (("a", "b/ü"), ("wide",)),
+    "passes": (("a", "long"),),
     "whole-rows": (("a", "c"),),
     "every-key": (("a", "long"),),
     "one-way": (("a", "b"),),
@@ -182,6 +194,24 @@ def direction_of(
     return {"index": index, "weight": weight, "tail": tail}, dense
 
 
+def partners_of(spec: TargetSpec, keys: tuple[str, ...], content: np.ndarray) -> dict[str, np.ndarray]:
+    """The partner of every record of pass 2: of a first text the other sample, of a second one that is not here."""
+    places = [place[:4] for place in records_of(spec, keys) if place[3] == 2]
+    others = [1 - sample if text == 0 else None for sample, text, *_ in places]
+    named = ["elsewhere/\u00df".encode() if other is None else keys[other].encode() for other in others]
+    hashes = [np.arange(32) if other is None else content[other] for other in others]
+    columns = np.array(places).T
+    return {
+        "partners/sample": columns[0].astype(np.uint32),
+        "partners/text": columns[1].astype(np.uint16),
+        "partners/view": columns[2].astype(np.uint16),
+        "partners/pass": columns[3].astype(np.uint8),
+        "partners/key_bytes": np.frombuffer(b"".join(named), np.uint8),
+        "partners/key_offsets": np.cumsum([0, *map(len, named)]).astype(np.uint64),
+        "partners/content": np.stack(hashes).astype(np.uint8),
+    }
+
+
 def states_of(width: int, tokens: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Hidden states of every record: of token n in place w of record r some wave of r, n and w; 0 behind the tokens."""
     arrays = {}
@@ -196,7 +226,7 @@ def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitA
     """A unit's arrays and what they decode to."""
     content = (np.arange(32 * len(keys)).reshape(-1, 32) * 7 + number).astype(np.uint8)
     pairs = sorted({(sample, text, view, each) for sample, text, view, each, *_ in records_of(
-        spec.model_copy(update={"layers": (0,)}), keys)})  # fmt: skip
+        spec.model_copy(update={"layers": (0,)}), keys) if not (each and "partners" in spec.groups)})  # fmt: skip
     logits = np.array([[np.sin(row + 3 * column + number) * 4 for column in range(3)] for row in range(len(pairs))])
     columns = np.array(pairs).T
     expected = {"keys": np.array(keys), "content": content}
@@ -228,9 +258,11 @@ def unit_of(spec: TargetSpec, keys: tuple[str, ...], number: int) -> tuple[UnitA
             into[direction] = from_numpy(signed, spec.steps)
             expected[direction] = dense.astype(np.float32)
         expected |= {"maps": records, "text_tokens": words, "token_ids": ids, "grid": grid}
+    if "partners" in spec.groups:
+        arrays["further"] = partners_of(spec, keys, content)
     if "hidden" in spec.groups:
         arrays["further"] = states_of(spec.groups["hidden"]["width"], {"text": words, "image": patches})
-        expected |= {name.replace("/", "_"): values for name, values in arrays["further"].items()}
+    expected |= {name.replace("/", "_"): values for name, values in arrays.get("further", {}).items()}
     if number == 1 and "hologram" in spec.groups:
         arrays["further"] = {"hologram/depth": np.arange(6, dtype=np.float32)}
     return UnitArrays(**arrays), expected
@@ -258,7 +290,7 @@ def main(names: list[str]) -> None:
             held = {"samples": True} | ({"maps": True} if spec.layers else {})
             held |= {"predictions": True} if spec.classes else {}
             held |= {"hologram": False} if "hologram/depth" in arrays.further else {}
-            held |= {group: False for group in ("whole", "hidden") if group in spec.groups}
+            held |= {group: False for group in ("whole", "hidden", "partners") if group in spec.groups}
             fields = {
                 "format_version": FORMAT_VERSION,
                 "spec": spec,
