@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     ViltConfig,
@@ -168,11 +168,7 @@ class FusionTeacher:
 
     def weights_hash(self) -> str:
         """SHA-256 of every tensor's name, type, shape and bytes, whatever files they came in."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hash_weights(self.model)
 
     @torch.inference_mode()
     def __call__(
@@ -214,6 +210,15 @@ def cross_attention(joint: QueryKey, text_mask: Int[Tensor, "b t"], image_mask: 
         t2i=block_softmax(text_query, image_key, image_mask, scale),
         i2t=block_softmax(image_query, text_key, text_mask, scale),
     )
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of every tensor's name, type, shape and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -44,10 +44,19 @@ def write_unit(path: Path, arrays: UnitArrays, attributes: UnitAttributes, *, re
         OSError: the disk is full; nothing under `path` then.
         FileExistsError: without `replace`, another writer has put a unit there in the meantime; it stays.
     """
+    return write_members(path, unit_members(arrays, attributes), replace=replace)
+
+
+def write_members(path: Path, members: Mapping[str, bytes], *, replace: bool = True) -> tuple[int, str]:
+    """Write the members of a zip as `write_unit` does: whole or not at all; return its size and its SHA-256.
+
+    Raises:
+        OSError, FileExistsError: as `write_unit`.
+    """
     partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
-            _write_zip(file, unit_members(arrays, attributes))
+            _write_zip(file, members)
             file.flush()
             os.fsync(file.fileno())
         size, digest = partial.stat().st_size, hash_file(partial)

@@ -17,7 +17,8 @@ ORDER = (
     "staging", "subset", "merge", "vilt", "teacher", "student", "losses", "join", "targets", "batches", "terms",
     "records", "scores", "tasks", "runs", "replay", "interrupt", "ranks", "fit", "distill", "presets", "teach",
     "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train",
-    "evaluate", "demo",
+    "evaluate", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search",
+    "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
