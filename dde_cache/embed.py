@@ -168,6 +168,7 @@ def embed(
     *,
     batch_size: int = 32,
     skip_bad: bool = False,
+    unit_rows: int = UNIT_ROWS,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> EmbedReport:
     """Encode everything of `rows` into the store `out`, or go on where an earlier call was cut short.
@@ -179,6 +180,7 @@ def embed(
         batch_size: pictures or texts a forward pass.
         skip_bad: leave out pictures that cannot be read; otherwise all of them are listed and the store stays
             unfinished.
+        unit_rows: rows a unit, which are lost at most when the process is killed; the same in every call.
         advance: called with the number of rows done.
 
     Raises:
@@ -186,7 +188,8 @@ def embed(
         CacheError: `out` holds vectors of another student, or of other pictures or texts; or it is damaged.
     """
     start = time.monotonic()
-    plan = {f"{number:06d}{SUFFIX}": range(first, min(first + UNIT_ROWS, len(rows))) for number, first in _starts(rows)}
+    firsts = enumerate(range(0, len(rows), unit_rows))
+    plan = {f"{number:06d}{SUFFIX}": range(first, min(first + unit_rows, len(rows))) for number, first in firsts}
     kept = _begin(student, rows, out, plan.keys())
     problems: list[str] = []
     for name, numbers in plan.items():
@@ -209,6 +212,8 @@ def embed(
     if not index.rows:
         raise InputError(f"{rows.name}: expected pictures that can be read, got {index.left_out} that cannot")
     texts = [rows.read(number).decode() for number in range(len(rows))] if rows.kind == "text" else []
+    for left in (out / UNITS).glob(".*.partial"):
+        left.unlink(missing_ok=True)
     write_index(out, index)
     return EmbedReport(
         kind=rows.kind,
@@ -221,10 +226,6 @@ def embed(
         bytes=sum(unit.size for unit in index.units),
         seconds=time.monotonic() - start,
     )
-
-
-def _starts(rows: Rows) -> enumerate[int]:
-    return enumerate(range(0, len(rows), UNIT_ROWS))
 
 
 def _begin(student: Student, rows: Rows, out: Path, planned: Collection[str]) -> set[str]:

@@ -6,7 +6,7 @@ store. A student that answers scores by the probability of an answer: its shallo
 probabilities that agree to 1e-6 keep the order of the store.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -72,20 +72,38 @@ def search(
         )
         raise CacheError(f"{store.folder}: expected a store of {need} for a {given}, got one of {store.index.kind}s")
     vector = student.encode_images([query]) if isinstance(query, Path) else student.encode_texts([query])
-    score = _cosines(vector[0].double().numpy()) if student.compares else _answers(student, vector, wanted, answer)
+    score = cosines(vector[0].double().numpy()) if student.compares else _answers(student, vector, wanted, answer)
+    rows, scores = best_rows(store.blocks(), score, top, advance)
+    hits = []
+    for rank, (row, value) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1):
+        key, slot, text = store.entry(row)
+        hits.append(Hit(rank=rank, score=value, key=key, slot=slot, text=text))
+    return hits
+
+
+def best_rows(
+    blocks: Iterable[tuple[int, Float[np.ndarray, "n w"]]],
+    score: Score,
+    top: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Numbers and scores of the `top` best rows, the best first, equal ones in their order; fewer where there are.
+
+    Args:
+        blocks: vectors, with the number of their first row.
+        score: how they are scored.
+        top: how many to give.
+        advance: called with the number of rows scored.
+    """
     rows, scores = np.empty(0, np.int64), np.empty(0)
-    for start, block in store.blocks():
+    for start, block in blocks:
         reach = scores[-1] if len(scores) == top else -np.inf
         found, values = score(block, reach, top)
         rows, scores = np.concatenate([rows, found + start]), np.concatenate([scores, values])
         best = np.lexsort((rows, -scores))[:top]
         rows, scores = rows[best], scores[best]
         advance(len(block))
-    hits = []
-    for rank, (row, value) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1):
-        key, slot, text = store.entry(row)
-        hits.append(Hit(rank=rank, score=value, key=key, slot=slot, text=text))
-    return hits
+    return rows, scores
 
 
 def check_search(student: Student, answer: str | None) -> None:
@@ -111,7 +129,8 @@ def check_search(student: Student, answer: str | None) -> None:
         raise InputError(f"expected --answer among the student's answers ({shown}), got {answer!r}")
 
 
-def _cosines(query: Float[np.ndarray, " w"]) -> Score:
+def cosines(query: Float[np.ndarray, " w"]) -> Score:
+    """Score rows by their cosine with a vector."""
     query = query / max(np.linalg.norm(query), 1e-12)
     single = query.astype(np.float32)
 
