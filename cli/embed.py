@@ -34,14 +34,14 @@ def embed(
         Texts(read_questions(texts), Path(texts).name) if texts else Images(open_pictures(str(images), student.images))
     )
     with progress() as bar:
-        task = bar.add_task("embed", total=len(rows))
+        task = bar.add_task("embed", total=len(rows), visible=False)
         report = run_embed(
             student,
             rows,
             out,
             batch_size=batch_size,
             skip_bad=skip_bad,
-            advance=lambda count: bar.update(task, advance=count),
+            advance=lambda count: bar.update(task, advance=count, visible=True),
         )
     if json:
         print_json(report)

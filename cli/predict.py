@@ -31,12 +31,12 @@ def predict(
     asked = read_questions(questions)
     answers = run_predict(student, store, asked, top=top)
     with progress() as bar:
-        task = bar.add_task("predict", total=len(asked))
+        task = bar.add_task("predict", total=len(asked), visible=False)
 
         def counted() -> Iterator[Prediction]:
             for answer in answers:
                 yield answer
-                bar.update(task, advance=1)
+                bar.update(task, advance=1, visible=True)
 
         if out is None:
             _print(counted())

@@ -1,9 +1,9 @@
 """Recipe: find stored pictures for a text, or stored texts for a picture, exactly: every row is scored, block by block.
 
 A student of retrieval scores by cosine, one matrix product a block. Rows that may be among the best are scored again in
-float64, row by row, so that equal vectors have equal scores wherever they lie; equal scores keep the order of the
-store. A student that answers scores by the probability of an answer: its shallow head runs over every row, and
-probabilities that agree to 1e-6 keep the order of the store.
+float64, row by row, so that a score does not depend on how the store was cut. A student that answers scores by the
+probability of an answer: its shallow head runs over every row. Scores are rounded to 1e-6, because the same words
+encoded in another batch differ by the noise of float32; equal scores keep the order of the store.
 """
 
 from collections.abc import Callable, Iterable
@@ -143,7 +143,7 @@ def cosines(query: Float[np.ndarray, " w"]) -> Score:
         rows = np.flatnonzero(near >= reach - MARGIN)
         chosen = block[rows].astype(np.float64)
         norms = np.sqrt((chosen * chosen).sum(-1))
-        return rows, (chosen * query).sum(-1) / np.maximum(norms, 1e-12)
+        return rows, ((chosen * query).sum(-1) / np.maximum(norms, 1e-12)).round(_DECIMALS)
 
     return score
 
