@@ -31,6 +31,7 @@ COMMANDS = {
     "embed": "Encode pictures or texts once, into a store of vectors.",
     "predict": "Answer questions about stored pictures.",
     "search": "Find stored pictures for a text, or texts for a picture.",
+    "export": "Write a student as ONNX files.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
 

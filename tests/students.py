@@ -14,8 +14,8 @@ PAIRS = Head(images=2, task="nlvr2")
 SIMILARITY = Head("similarity", task="retrieval")
 
 
-def save_student(folder: Path, head: Head = ANSWERS, seed: int = 0) -> Path:
+def save_student(folder: Path, head: Head = ANSWERS, seed: int = 0, **shape) -> Path:
     """Save a student as a run has it."""
-    randomise(new_student(vilt_config(), LABELS, head=head), seed).save_pretrained(folder / MODEL)
+    randomise(new_student(vilt_config(**shape), LABELS, head=head), seed).save_pretrained(folder / MODEL)
     Preprocessor(vilt_processor(), PATCH, TEXT_LENGTH).save(folder / MODEL)
     return folder

@@ -18,7 +18,7 @@ ORDER = (
     "records", "scores", "tasks", "runs", "replay", "interrupt", "ranks", "fit", "distill", "presets", "teach",
     "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train",
     "evaluate", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search",
-    "demo",
+    "export", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
