@@ -104,7 +104,7 @@ class Student:
         """Where the towers run; what they give is on the CPU."""
         return next(self.model.parameters()).device
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Numbers in a vector."""
         return int(self.model.config.vilt().hidden_size)

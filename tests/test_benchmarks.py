@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("extraction", "memory", "plan", "reading", "remap", "sample_teacher", "size", "training_step")
+NAMES = ("extraction", "inference", "memory", "plan", "reading", "remap", "sample_teacher", "size", "training_step")
 CAMPAIGNS = ("faults", "fuzz")
 TABLES = ("compression",)
 
