@@ -9,7 +9,7 @@ from rich.table import Table
 from dde_cache.embeddings import EmbeddingStore
 from dde_cache.errors import InputError
 from dde_cache.inference import Student
-from dde_cache.search import Hit
+from dde_cache.search import Hit, SearchReport
 from dde_cache.search import search as run_search
 
 from .console import console, print_json, progress
@@ -45,7 +45,7 @@ def search(
             advance=lambda rows: bar.update(task, advance=rows, visible=True),
         )
     if json:
-        print_json({"hits": [hit.model_dump() for hit in hits]})
+        print_json(SearchReport(hits=tuple(hits)))
     else:
         name = f"probability of {answer!r}" if answer is not None else "cosine"
         console.print(_table(hits, escape(f"{text or image} in {store}"), escape(name)))
@@ -60,6 +60,11 @@ def _table(hits: list[Hit], title: str, score: str) -> Table:
     if texts:
         table.add_column("text", overflow="fold")
     for hit in hits:
-        row = [str(hit.rank), f"{hit.score:.4f}", escape(hit.key)]
-        table.add_row(*row, *([escape(hit.text)] if texts else []))
+        row = [str(hit.rank), f"{hit.score:.4f}", _shown(hit.key)]
+        table.add_row(*row, *([_shown(hit.text)] if texts else []))
     return table
+
+
+def _shown(text: str) -> str:
+    """A store may be a stranger's: nothing of it steers the terminal."""
+    return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))

@@ -73,9 +73,9 @@ class EmbeddingStore:
         CacheError: there is none, it was cut short, or its index is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.index = read_index(folder)
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder)
         self._starts = np.cumsum([0, *(unit.rows for unit in self.index.units)])
         self._open: OrderedDict[int, StoredRows] = OrderedDict()
         self._checked: set[int] = set()

@@ -34,6 +34,12 @@ class Hit(Model):
     text: str
 
 
+class SearchReport(Model):
+    """What `search --json` prints."""
+
+    hits: tuple[Hit, ...]
+
+
 Score = Callable[[Float[np.ndarray, "n w"], float, int], tuple[Int[np.ndarray, " c"], Float[np.ndarray, " c"]]]
 """From a block of vectors, the score that is to be reached and the number of hits to the rows that may be hits, with
 their scores."""
