@@ -39,11 +39,11 @@ from numcodecs.zstd import compress, decompress
 
 from dde_cache.errors import CacheError, DdeCacheError
 from dde_cache.extract import extract
+from dde_cache.files import hash_file
 from dde_cache.samples import Shard
 from dde_cache.spec import hash_json, indented_json
 from dde_cache.store import Cache
 from dde_cache.summary import pair_links, summarise
-from dde_cache.unit import hash_file
 from dde_cache.verify import verify
 
 SECONDS = 20

@@ -28,6 +28,10 @@ COMMANDS = {
     "pull": "Fetch a cache that somebody shares.",
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
+    "embed": "Encode pictures or texts once, into a store of vectors.",
+    "predict": "Answer questions about stored pictures.",
+    "search": "Find stored pictures for a text, or texts for a picture.",
+    "export": "Write a student as ONNX files.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
 

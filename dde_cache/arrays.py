@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import zarr
@@ -100,6 +101,20 @@ def unit_members(arrays: UnitArrays, attributes: UnitAttributes) -> Mapping[str,
         group, _, name = path.rpartition("/")
         # Short rows of a group that we know; of others nothing is known.
         _put(root.require_group(group), name, values, 2**16 if group in ("views", "partners") else CHUNK_PAIRS)
+    return _members(store)
+
+
+def table_members(arrays: Mapping[str, np.ndarray], attributes: Mapping[str, Any]) -> Mapping[str, bytes]:
+    """Encode one table as a group of its own: the members of its zip file by name. Wide rows lie in chunks of a unit's
+    length, columns in long ones."""
+    store = MemoryStore()
+    root = zarr.create_group(store, zarr_format=3, attributes=dict(attributes))
+    for name, values in arrays.items():
+        _put(root, name, values, CHUNK_PAIRS if values.ndim > 1 else 2**20)
+    return _members(store)
+
+
+def _members(store: MemoryStore) -> Mapping[str, bytes]:
     return {name: value.to_bytes() for name, value in store._store_dict.items()}
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dde_cache.errors import CacheError, bullet_list
+from dde_cache.files import hash_file
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import MAX_JSON, Manifest, TargetSpec, parse_json
-from dde_cache.unit import hash_file
 
 ASSETS = "assets"
 LABELS = "labels.json"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dde_cache.assets import is_plain_file
+from dde_cache.files import hash_file
 from dde_cache.spec import Manifest, Provenance, TargetSpec
 from dde_cache.store import CacheWriter, read_manifest, write_manifest, write_text
-from dde_cache.unit import hash_file
 
 CARD = "README.md"
 CARD_LIMIT = 2**20

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from dde_cache.errors import CacheError
+from dde_cache.files import hash_file
 from dde_cache.remote import STALE, Advance, Remote
 from dde_cache.spec import MAX_JSON, Manifest, UnitEntry
 from dde_cache.store import ASSETS, MANIFEST, UNITS, parse_manifest
-from dde_cache.unit import hash_file
 
 ASSETS_LIMIT = 100
 """How many assets a stranger's manifest may make us fetch."""

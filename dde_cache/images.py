@@ -43,7 +43,7 @@ class EncodedImage:
         """
         try:
             with Image.open(io.BytesIO(self.content)) as image:
-                return _to_rgb(image)
+                return to_rgb(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(self.content, error) from error
 
@@ -66,7 +66,8 @@ class EncodedImage:
         return parsed
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as every model here reads it; see `EncodedImage.decode`."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     image = ImageOps.exif_transpose(image)

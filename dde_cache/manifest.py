@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from dde_cache.assets import ASSETS, is_plain_file
 from dde_cache.errors import CacheError, bullet_list
+from dde_cache.files import partial_path, place
 from dde_cache.spec import FORMAT_VERSION, MAX_JSON, Manifest, hash_json, indented_json, parse_json
-from dde_cache.unit import partial_path, place
 
 MANIFEST = "manifest.json"
 UNITS = "units"

@@ -20,12 +20,13 @@ from dde_cache.audit import Problem
 from dde_cache.card import CARD, card_problem, seal_card, write_card
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.extract import ExtractProgress, extract
+from dde_cache.files import hash_file
 from dde_cache.identity import config_of, save_assets
 from dde_cache.samples import Shard
 from dde_cache.spec import FORMAT_VERSION, Manifest, Model, Provenance, UnitAttributes, UnitEntry, difference
 from dde_cache.store import UNITS, read_manifest, write_manifest
 from dde_cache.teacher import FusionTeacher
-from dde_cache.unit import SUFFIX, Unit, hash_file
+from dde_cache.unit import SUFFIX, Unit
 from dde_cache.verify import VerifyProgress, VerifyReport, check_unit, unit_files, verify
 
 BAD = ".bad"

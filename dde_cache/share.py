@@ -19,6 +19,7 @@ from pydantic import Field
 from dde_cache.card import CARD, CARD_LIMIT, seal_card, signed_card, to_fill_in
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.fetch import fetch_identity, fetch_unit, settle
+from dde_cache.files import hash_file
 from dde_cache.hub import HubTarget
 from dde_cache.objects import RECEIPTS, ObjectTarget
 from dde_cache.remote import Advance, Remote, is_url, local_path
@@ -34,7 +35,7 @@ from dde_cache.store import (
     write_manifest,
     write_text,
 )
-from dde_cache.unit import Unit, hash_file
+from dde_cache.unit import Unit
 
 PULLING = ".pulling.json"
 _PARTS = (ASSETS, UNITS, CARD, MANIFEST, PULLING, RECEIPTS)

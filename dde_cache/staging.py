@@ -12,9 +12,10 @@ from typing import Any
 
 from dde_cache.card import write_card
 from dde_cache.errors import CacheError, InputError
+from dde_cache.files import hash_file, partial_path, place
 from dde_cache.spec import FORMAT_VERSION, Manifest, Provenance, TargetSpec, UnitAttributes, UnitEntry, hash_json
 from dde_cache.store import ASSETS, UNITS, Cache, describe_unit, write_bytes, write_manifest
-from dde_cache.unit import UnitArrays, hash_file, partial_path, place, write_unit
+from dde_cache.unit import UnitArrays, write_unit
 
 PLAN = "plan.json"
 

@@ -18,6 +18,7 @@ from dde_cache.assets import ASSETS as ASSETS
 from dde_cache.assets import asset_problems, is_plain_file, load_preprocessor, read_config, read_labels
 from dde_cache.audit import audit
 from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.files import hash_file
 from dde_cache.manifest import MANIFEST as MANIFEST
 from dde_cache.manifest import UNITS as UNITS
 from dde_cache.manifest import folder_problems as folder_problems
@@ -28,7 +29,7 @@ from dde_cache.manifest import write_manifest as write_manifest
 from dde_cache.manifest import write_text as write_text
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import FORMAT_VERSION, Manifest, TargetSpec, UnitEntry, difference
-from dde_cache.unit import SUFFIX, Unit, hash_file
+from dde_cache.unit import SUFFIX, Unit
 
 
 class Cache:

@@ -21,10 +21,11 @@ from filelock import FileLock, Timeout
 
 from dde_cache.errors import CacheError, InputError
 from dde_cache.fetch import fetch_identity, fetch_unit, settle
+from dde_cache.files import hash_file
 from dde_cache.remote import Remote, is_url, local_path
 from dde_cache.spec import UnitEntry
 from dde_cache.store import Cache
-from dde_cache.unit import SUFFIX, Unit, hash_file
+from dde_cache.unit import SUFFIX, Unit
 
 DEFAULT_LIMIT = 20 * 10**9
 """Bytes of units that are kept where nothing else is said."""

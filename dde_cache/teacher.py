@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     ViltConfig,
@@ -199,11 +199,7 @@ class FusionTeacher:
 
     def weights_hash(self) -> str:
         """SHA-256 of every tensor's name, type, shape and bytes, whatever files they came in."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hash_weights(self.model)
 
     @torch.inference_mode()
     def __call__(
@@ -270,6 +266,15 @@ def whole_attention(joint: QueryKey, text_mask: Bool[Tensor, "b t"], image_mask:
         rows = rows.gather(-1, valid_first(mask)[:, None, None, :].expand(rows.shape))
     length = text_mask.shape[1]
     return WholeAttention(t2w=rows[:, :, :length], i2w=rows[:, :, length:])
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of every tensor's name, type, shape and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -4,17 +4,12 @@ The zip is written by us, members stored and sorted, times fixed: the same array
 `ZipStore` reads it; we read through `blocks.py`, which trusts nothing. The arrays are described in docs/format.md.
 """
 
-import errno
-import hashlib
 import itertools
-import os
-import secrets
 import zipfile
 import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -27,11 +22,11 @@ from dde_cache.blocks import Allocate, Blocks
 from dde_cache.bounds import not_finite, unsafe
 from dde_cache.codec import EncodedAttention, from_numpy, part_names
 from dde_cache.errors import CacheError, bullet_list
+from dde_cache.files import write_members
 from dde_cache.layout import GROUP_OF_ROWS, MAP_COLUMNS, MAX_TOKENS, array_names, known_groups, layout_problems
 from dde_cache.spec import FORMAT_VERSION, HIDDEN, Rows, UnitAttributes, hash_json
 
 SUFFIX = ".zarr.zip"
-_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 # What zipfile, JSON and the codecs raise on damaged bytes.
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -44,50 +39,7 @@ def write_unit(path: Path, arrays: UnitArrays, attributes: UnitAttributes, *, re
         OSError: the disk is full; nothing under `path` then.
         FileExistsError: without `replace`, another writer has put a unit there in the meantime; it stays.
     """
-    partial = partial_path(path)
-    try:
-        with open(partial, "wb") as file:
-            _write_zip(file, unit_members(arrays, attributes))
-            file.flush()
-            os.fsync(file.fileno())
-        size, digest = partial.stat().st_size, hash_file(partial)
-        if not place(partial, path, replace=replace):
-            raise FileExistsError(errno.EEXIST, "another writer was first", str(path))
-    finally:
-        partial.unlink(missing_ok=True)
-    return size, digest
-
-
-def partial_path(path: Path) -> Path:
-    """A temporary name beside a file that no other writer has, on this machine or another."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-
-
-def place(partial: Path, path: Path, *, replace: bool) -> bool:
-    """Give a finished file its name; without `replace`, return False where the name is taken."""
-    if not replace:
-        try:
-            os.link(partial, path)
-            return True
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
-            if path.exists():
-                return False
-    os.replace(partial, path)
-    return True
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_zip(file: Any, members: Mapping[str, bytes]) -> None:
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(members):
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), members[name])
+    return write_members(path, unit_members(arrays, attributes), replace=replace)
 
 
 class Unit:

@@ -13,12 +13,13 @@ from dde_cache.assets import ASSETS, asset_problems, is_plain_file
 from dde_cache.audit import KINDS, Kind, Problem, audit
 from dde_cache.card import card_problem
 from dde_cache.errors import CacheError, InputError
+from dde_cache.files import hash_file
 from dde_cache.partners import read_partners
 from dde_cache.recompute import Recomputed, recompute
 from dde_cache.samples import Shard
 from dde_cache.spec import Manifest, Model, UnitEntry, indented_json, parse_json
 from dde_cache.store import MANIFEST, UNITS, Cache, read_manifest
-from dde_cache.unit import SUFFIX, Unit, hash_file
+from dde_cache.unit import SUFFIX, Unit
 
 EXAMPLES = 5
 """Findings of one kind that are shown; the others are counted."""

@@ -6,16 +6,23 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from dde_cache.demo import DemoReport
+from dde_cache.embed import EmbedReport
+from dde_cache.embeddings import EmbeddingIndex
+from dde_cache.export import ExportRecord
 from dde_cache.extract import ExtractConfig, ExtractSummary
 from dde_cache.merge import MergeReport
 from dde_cache.objects import Receipts
 from dde_cache.plan import ExtractPlan
+from dde_cache.predict import Prediction
 from dde_cache.pretraining import PretrainConfig
+from dde_cache.questions import QuestionLine
 from dde_cache.repair import RepairReport
 from dde_cache.samples import SampleRecord, ShardsIndex
 from dde_cache.scores import Baselines, EvaluationReport
+from dde_cache.search import SearchReport
 from dde_cache.share import TransferReport
 from dde_cache.spec import Manifest, UnitAttributes
+from dde_cache.stored_rows import EmbeddingAttributes
 from dde_cache.subset import SubsetReport
 from dde_cache.summary import CacheSummary, PairLinks
 from dde_cache.teach import TeachConfig
@@ -26,7 +33,11 @@ MODELS: dict[str, type[BaseModel]] = {
     "baselines": Baselines,
     "cache-summary": CacheSummary,
     "demo-report": DemoReport,
+    "embed-report": EmbedReport,
+    "embedding-attributes": EmbeddingAttributes,
+    "embedding-store": EmbeddingIndex,
     "evaluation-report": EvaluationReport,
+    "export": ExportRecord,
     "extract-config": ExtractConfig,
     "extract-plan": ExtractPlan,
     "extract-summary": ExtractSummary,
@@ -34,10 +45,13 @@ MODELS: dict[str, type[BaseModel]] = {
     "merge-report": MergeReport,
     "pair-links": PairLinks,
     "pretrain-config": PretrainConfig,
+    "prediction": Prediction,
+    "question": QuestionLine,
     "receipts": Receipts,
     "repair-report": RepairReport,
     "run": RunRecord,
     "sample": SampleRecord,
+    "search-report": SearchReport,
     "shards": ShardsIndex,
     "subset-report": SubsetReport,
     "teach-config": TeachConfig,

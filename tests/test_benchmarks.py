@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("bucketing", "extraction", "memory", "plan", "reading", "remap", "sample_teacher", "size", "training_step")
+NAMES = (
+    "bucketing", "extraction", "inference", "memory", "plan", "reading", "remap", "sample_teacher", "size",
+    "training_step",
+)  # fmt: skip
 CAMPAIGNS = ("faults", "fuzz")
 TABLES = ("compression",)
+STUDIES = ("rerun",)
+"""Too long for a test, even small; their parts are tested."""
 
 
 def run(name, *arguments):
@@ -23,7 +28,9 @@ def run(name, *arguments):
 
 
 def test_every_benchmark_is_listed():
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*NAMES, *CAMPAIGNS, *TABLES, "common"])
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(
+        [*NAMES, *CAMPAIGNS, *TABLES, *STUDIES, "common"]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,4 +62,4 @@ def test_a_table_has_our_rules_and_a_limit(name):
 
 def test_docs_name_every_benchmark():
     page = (FOLDER.parent / "docs" / "benchmarks.md").read_text()
-    assert [name for name in (*NAMES, *CAMPAIGNS, *TABLES) if f"benchmarks/{name}.py" not in page] == []
+    assert [name for name in (*NAMES, *CAMPAIGNS, *TABLES, *STUDIES) if f"benchmarks/{name}.py" not in page] == []

@@ -18,11 +18,12 @@ from numcodecs.zstd import compress
 from pipeline import all_pairs, cli, make_cache, make_shards
 
 from dde_cache.errors import CacheError, InputError
+from dde_cache.files import hash_file
 from dde_cache.spec import TargetSpec, hash_json, indented_json, parse_json
 from dde_cache.store import Cache, CacheWriter
 from dde_cache.summary import summarise
 from dde_cache.targets import CacheTargets
-from dde_cache.unit import Unit, hash_file
+from dde_cache.unit import Unit
 from dde_cache.verify import verify
 
 UNIT = "000000.zarr.zip"

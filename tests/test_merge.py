@@ -164,7 +164,7 @@ def test_other_assets(left, right, tmp_path):
     path = folder / "assets" / "labels.json"
     path.write_text(json.dumps(["yes", "no", "red"]))
     manifest = right.manifest
-    from dde_cache.unit import hash_file
+    from dde_cache.files import hash_file
 
     changed = manifest.model_copy(update={"assets": manifest.assets | {"labels.json": hash_file(path)}}).sealed()
     (folder / "manifest.json").write_text(changed.model_dump_json())

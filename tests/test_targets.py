@@ -13,13 +13,13 @@ from transformers import BertTokenizer, ViltProcessor
 
 from dde_cache.codec import dense_rows, from_parts, part_names
 from dde_cache.errors import CacheError
+from dde_cache.files import hash_file
 from dde_cache.join import join
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Text, open_shards
 from dde_cache.spec import Manifest
 from dde_cache.store import Cache
 from dde_cache.targets import CacheTargets, teacher_logits
-from dde_cache.unit import hash_file
 
 
 @pytest.fixture(scope="module")

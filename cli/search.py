@@ -1,0 +1,70 @@
+"""`dde-cache search`."""
+
+from pathlib import Path
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dde_cache.embeddings import EmbeddingStore
+from dde_cache.errors import InputError
+from dde_cache.inference import Student
+from dde_cache.search import Hit, SearchReport
+from dde_cache.search import search as run_search
+
+from .console import console, print_json, progress
+
+
+def search(
+    run: str = typer.Argument(help="A run of `train`."),
+    text: str | None = typer.Argument(None, help="A question or caption, for a store of pictures."),
+    store: Path = typer.Option(..., help="Store made by `embed`."),
+    image: Path | None = typer.Option(None, help="A picture, for a store of texts, instead of a text."),
+    top: int = typer.Option(10, min=1, help="How many to show."),
+    answer: str | None = typer.Option(
+        None, help="Of a student that answers: rank by the probability of this answer to the question."
+    ),
+    device: str = typer.Option("cpu"),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """The stored pictures that suit a text best, or the texts that suit a picture; every row is scored."""
+    if (text is None) == (image is None):
+        raise InputError(f"expected a text or --image, got {'neither' if text is None else 'both'}")
+    if text is not None and not text.strip():
+        raise InputError("expected a text, got only white space")
+    opened = EmbeddingStore(store)
+    student = Student.from_pretrained(run, device)
+    with progress() as bar:
+        task = bar.add_task("search", total=len(opened), visible=False)
+        hits = run_search(
+            student,
+            opened,
+            image or str(text),
+            top=top,
+            answer=answer,
+            advance=lambda rows: bar.update(task, advance=rows, visible=True),
+        )
+    if json:
+        print_json(SearchReport(hits=tuple(hits)))
+    else:
+        name = f"probability of {answer!r}" if answer is not None else "cosine"
+        console.print(_table(hits, escape(f"{text or image} in {store}"), escape(name)))
+
+
+def _table(hits: list[Hit], title: str, score: str) -> Table:
+    table = Table(title=title)
+    table.add_column("", justify="right")
+    table.add_column(score, justify="right")
+    table.add_column("key", overflow="fold")
+    texts = any(hit.text for hit in hits)
+    if texts:
+        table.add_column("text", overflow="fold")
+    for hit in hits:
+        row = [str(hit.rank), f"{hit.score:.4f}", _shown(hit.key)]
+        table.add_row(*row, *([_shown(hit.text)] if texts else []))
+    return table
+
+
+def _shown(text: str) -> str:
+    """A store may be a stranger's: nothing of it steers the terminal."""
+    return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))

@@ -1,0 +1,352 @@
+"""Recipe: a student as ONNX files, the two towers and the head apart, each checked against torch.
+
+    OUT/text_tower.onnx    input_ids, attention_mask [batch, tokens] int64 -> vector [batch, width]
+    OUT/image_tower.onnx   pixel_values [batch, 3, height, width] float32 -> vector; of students of two pictures also
+                           image_slot [1] int64 (0 or 1)
+    OUT/head.onnx          text, image (and second) vectors [pairs, width] -> logits [pairs, answers]; of students of
+                           retrieval: text [texts, width], image [images, width] -> cosine [texts, images]
+    OUT/export.json        what the files are, and how far they were from torch
+    OUT/*.json             tokenizer and image processor
+
+Batch, tokens (up to the text length) and patch grid are free. All pictures of one batch have one size, a multiple of
+the patch: the graph knows no padding, so pictures of different sizes go in different batches.
+"""
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dde_cache.drift import versions
+from dde_cache.errors import InputError, RunError
+from dde_cache.files import hash_file, partial_path
+from dde_cache.inference import Student
+from dde_cache.spec import Line, Model, Sha256
+from dde_cache.staging import check_free
+from dde_cache.store import write_text
+from dde_cache.student import DualEncoder, ImageTower, TextTower
+
+RECORD = "export.json"
+TOLERANCE = 1e-4
+"""Largest difference from torch, of any output of any check."""
+
+
+class ExportedFile(Model):
+    """One ONNX file: its inputs and outputs with their axes (numbers are fixed, names are free), and its bytes."""
+
+    inputs: dict[Line, tuple[int | Line, ...]]
+    output: Line
+    size: int
+    sha256: Sha256
+    largest_difference: float
+
+
+class ExportRecord(Model):
+    """`export.json`: what was exported from which student."""
+
+    format: Line
+    student: Sha256
+    task: Line
+    answers: tuple[str, ...]
+    images: int
+    width: int
+    text_length: int
+    patch_size: int
+    opset: int
+    files: dict[Line, ExportedFile]
+    versions: dict[Line, Line]
+
+
+class TextSide(nn.Module):
+    """The text tower as a function of tensors."""
+
+    def __init__(self, tower: TextTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"]) -> Float[Tensor, "b w"]:
+        """Encode texts."""
+        return self.tower(input_ids, attention_mask).pooled
+
+
+class ImageSide(nn.Module):
+    """The image tower on pictures of one size.
+
+    Learned positions are stretched to the patch grid by two small products: bilinear weights with the corners aligned
+    are what `embed_patches` takes, and rows and columns stay free in the graph.
+    """
+
+    def __init__(self, tower: ImageTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(
+        self, pixel_values: Float[Tensor, "b c y x"], image_slot: Int[Tensor, " 1"] | None = None
+    ) -> Float[Tensor, "b w"]:
+        """Encode pictures that fill the whole canvas."""
+        tower = self.tower
+        patches = tower.patch_embeddings.projection(pixel_values)
+        position = tower.position_embeddings
+        side = int((position.shape[1] - 1) ** 0.5)
+        learned = position[0, 1:].unflatten(0, (side, side))
+        rows, columns = (_stretched(torch.arange(patches.shape[axis]), side) for axis in (2, 3))
+        place = torch.einsum("yr,xc,rcw->wyx", rows, columns, learned)
+        tokens = (patches + place).flatten(2).transpose(1, 2)
+        first = (tower.cls_token + position[:, :1]).expand(patches.shape[0], -1, -1)
+        tokens = torch.cat([first, tokens], dim=1)
+        kind = tower.token_type[0] if image_slot is None else tower.token_type.index_select(0, image_slot)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return tower.encode(tokens + kind, mask).pooled
+
+
+def _stretched(steps: Int[Tensor, " n"], side: int) -> Float[Tensor, "n s"]:
+    """Weights of `side` learned positions for n places; both ends meet, and a single place is the first position."""
+    place = steps * ((side - 1) / steps[-1:].clamp(min=1))
+    return (1 - (place[:, None] - torch.arange(side)[None]).abs()).clamp(min=0)
+
+
+class AnswerHead(nn.Module):
+    """Shallow interaction and classifier."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, text: Float[Tensor, "b w"], image: Float[Tensor, "b w"], second: Float[Tensor, "b w"] | None = None
+    ) -> Float[Tensor, "b c"]:
+        """Logits of pairs."""
+        return self.model.answer(text, image) if second is None else self.model.answer(text, image, second)
+
+
+class CosineHead(nn.Module):
+    """Cosines of every text with every picture."""
+
+    def forward(self, text: Float[Tensor, "n w"], image: Float[Tensor, "m w"]) -> Float[Tensor, "n m"]:
+        """Cosines."""
+        return nn.functional.normalize(text, dim=-1) @ nn.functional.normalize(image, dim=-1).T
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file to be: its module, inputs of several shapes (the first are traced), free axes, and what torch gives."""
+
+    module: nn.Module
+    output: str
+    inputs: Sequence[Mapping[str, Tensor]]
+    axes: Mapping[str, Mapping[int, Any]]
+    expected: Callable[..., Tensor]
+
+
+def export(
+    student: Student, out: Path, *, tolerance: float = TOLERANCE, advance: Callable[[str], None] = lambda name: None
+) -> ExportRecord:
+    """Write a student as ONNX files into a new folder, whole or not at all.
+
+    Args:
+        student: on the CPU.
+        out: new or empty.
+        tolerance: largest difference from torch that is let pass.
+        advance: called with the name of each file before it is made.
+
+    Raises:
+        InputError: `out` is taken, or the packages of the extra `onnx` are not installed.
+        RunError: a file computes something else than torch; nothing is written then.
+    """
+    check_free(out)
+    runtime = onnx_runtime()
+    student.model.to("cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged = partial_path(out)
+    staged.mkdir()
+    try:
+        files = {}
+        for name, part in parts_of(student).items():
+            advance(name)
+            files[f"{name}.onnx"], opset = write_part(part, staged / f"{name}.onnx", runtime, tolerance)
+        student.preprocessor.save(staged)
+        record = _record(student, files, opset, runtime)
+        write_text(staged / RECORD, record.model_dump_json(indent=2) + "\n")
+        os.replace(staged, out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return record
+
+
+def onnx_runtime() -> Any:
+    """The module that runs ONNX files.
+
+    Raises:
+        InputError: it is not installed, or what writes them is not.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"export to ONNX needs packages that are not installed ({error.name}); pip install 'dde-cache[onnx]'"
+        ) from error
+    return onnxruntime
+
+
+def parts_of(student: Student) -> dict[str, Part]:
+    """The files with inputs to check them on: batches of one and of more, short and long texts, several patch grids."""
+    random = torch.Generator().manual_seed(0)
+    model, shape = student.model, student.model.config.vilt()
+    length, patch, words = student.preprocessor.text_length, student.preprocessor.patch_size, shape.vocab_size
+    texts = []
+    for batch, tokens in ((2, min(5, length)), (1, min(3, length)), (3, length)):
+        mask = torch.ones(batch, tokens, dtype=torch.long)
+        mask[-1, max(tokens - 2, 1) :] = 0
+        ids = torch.randint(words, (batch, tokens), generator=random)
+        texts.append({"input_ids": ids, "attention_mask": mask})
+    side = shape.image_size // patch
+    pictures = [
+        {"pixel_values": torch.randn(batch, shape.num_channels, rows * patch, columns * patch, generator=random)}
+        for batch, rows, columns in (
+            (2, side + 2, side + 1),
+            (1, side, side),
+            (3, max(side // 2, 1), side + 1),
+            (1, 1, 2),
+        )
+    ]
+    slots = [torch.tensor([number % 2]) for number in range(len(pictures))]
+    if student.images == 2:
+        pictures = [one | {"image_slot": slot} for one, slot in zip(pictures, slots, strict=True)]
+    tokens_axis = {0: Dim("batch"), 1: Dim("tokens", max=length)}
+    pixel_axes = {0: Dim("batch"), 2: patch * Dim("rows"), 3: patch * Dim("columns")}
+
+    def encode_image(pixel_values: Tensor, image_slot: Tensor | None = None) -> Tensor:
+        grid = torch.tensor([[pixel_values.shape[2] // patch, pixel_values.shape[3] // patch]])
+        slot = 0 if image_slot is None else int(image_slot)
+        return model.image_tower(pixel_values, grid.expand(len(pixel_values), -1), slot).pooled
+
+    return {
+        "head": _head(student, random),
+        "text_tower": Part(
+            TextSide(model.text_tower),
+            "vector",
+            texts,
+            {"input_ids": tokens_axis, "attention_mask": tokens_axis},
+            lambda input_ids, attention_mask: model.text_tower(input_ids, attention_mask).pooled,
+        ),
+        "image_tower": Part(
+            ImageSide(model.image_tower),
+            "vector",
+            pictures,
+            {"pixel_values": pixel_axes} | ({"image_slot": {}} if student.images == 2 else {}),
+            encode_image,
+        ),
+    }
+
+
+def _head(student: Student, random: torch.Generator) -> Part:
+    def vectors(count: int) -> Tensor:
+        return torch.randn(count, student.width, generator=random).tanh()
+
+    if student.compares:
+        sizes = ((2, 3), (1, 1), (4, 2))
+        inputs = [{"text": vectors(texts), "image": vectors(images)} for texts, images in sizes]
+        axes = {"text": {0: Dim("texts")}, "image": {0: Dim("images")}}
+        return Part(CosineHead(), "cosine", inputs, axes, lambda text, image: student.similarity(text, image))
+    names = ("text", "image", "second")[: 1 + student.images]
+    inputs = [{name: vectors(pairs) for name in names} for pairs in (2, 1, 5)]
+    pairs = {0: Dim("pairs")}
+    return Part(
+        AnswerHead(student.model),
+        "logits",
+        inputs,
+        dict.fromkeys(names, pairs),
+        lambda **one: student.logits(*one.values()),
+    )
+
+
+def write_part(part: Part, path: Path, runtime: Any, tolerance: float) -> tuple[ExportedFile, int]:
+    """Trace one part, write it, run it, and compare; return what it is, and its opset.
+
+    Args:
+        part: of `parts_of`.
+        path: the file.
+        runtime: from `onnx_runtime`.
+        tolerance: largest difference from torch that is let pass.
+
+    Raises:
+        RunError: it differs by more than `tolerance`.
+    """
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            part.module.eval(),
+            kwargs=dict(part.inputs[0]),
+            input_names=list(part.inputs[0]),
+            output_names=[part.output],
+            dynamic_shapes={name: dict(axes) for name, axes in part.axes.items()},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        if program is None:
+            raise RunError(f"{path.name}: torch gave no ONNX program")
+        program.save(path)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for inputs in part.inputs:
+        with torch.inference_mode():
+            expected = part.expected(**inputs).numpy()
+        got = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+        same = got.shape == expected.shape
+        worst = max(worst, float(np.abs(got - expected).max()) if same else float("inf"))
+    if not worst <= tolerance:
+        raise RunError(
+            f"{path.name}: expected the numbers of torch to {tolerance:g}, got a difference of {worst:.2g}; nothing "
+            "was written. Try other versions of torch, onnxscript and onnxruntime; constraints.txt has tested ones"
+        )
+    exported = ExportedFile(
+        inputs={one.name: tuple(one.shape) for one in session.get_inputs()},
+        output=part.output,
+        size=path.stat().st_size,
+        sha256=hash_file(path),
+        largest_difference=worst,
+    )
+    return exported, int(program.model.opset_imports[""])
+
+
+class _quiet:
+    """Keep a logger to errors for a while."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_error: object) -> None:
+        self._logger.setLevel(self._level)
+
+
+def _record(student: Student, files: Mapping[str, ExportedFile], opset: int, runtime: Any) -> ExportRecord:
+    return ExportRecord(
+        format="onnx",
+        student=student.fingerprint,
+        task=str(student.model.config.task),
+        answers=student.labels,
+        images=student.images,
+        width=student.width,
+        text_length=student.preprocessor.text_length,
+        patch_size=student.preprocessor.patch_size,
+        opset=opset,
+        files=dict(files),
+        versions=versions() | {"onnxruntime": runtime.__version__},
+    )
