@@ -28,6 +28,7 @@ COMMANDS = {
     "pull": "Fetch a cache that somebody shares.",
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
+    "view": "Write a page that shows attention over pictures.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
 

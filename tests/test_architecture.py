@@ -11,13 +11,13 @@ CORE = sorted((ROOT / "dde_cache").rglob("*.py"))
 PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
-    "errors", "spec", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images", "tars", "samples",
-    "write_shards", "stream", "chunks", "layout", "arrays", "unit", "audit", "preprocess", "views", "drift",
+    "errors", "spec", "pages", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images", "tars",
+    "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "audit", "preprocess", "views", "drift",
     "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share",
     "staging", "subset", "merge", "vilt", "teacher", "student", "losses", "join", "targets", "batches", "terms",
     "records", "scores", "tasks", "runs", "replay", "interrupt", "ranks", "fit", "distill", "presets", "teach",
     "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train",
-    "evaluate", "demo",
+    "evaluate", "seen", "gallery", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
