@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
     "view": "Write a page that shows attention over pictures.",
+    "report": "Write a page that shows runs side by side.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch, to_device
+from dde_cache.clock import Clock
 from dde_cache.errors import RunError
 from dde_cache.interrupt import FinishStep
 from dde_cache.ranks import Ranks
@@ -66,6 +67,8 @@ class _State:
     best_step: int | None = None
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
     scaler: dict[str, float] | None = None
 
 
@@ -133,6 +136,7 @@ class Fit:
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
         self._plain: nn.Module = self._accelerator.unwrap_model(self._model)
         self._state = _State()
+        self._clock = Clock(self._accelerator.device)
         self._saved: int | None = None
 
     def resume(self) -> None:
@@ -228,7 +232,9 @@ class Fit:
                     f"step {state.step}: expected finite losses, got {values}; lower the learning rate, or use "
                     "precision bf16 instead of fp16"
                 )
-            times = {"seconds": round(state.seconds, 4), "wait_seconds": round(state.wait_seconds, 4)}
+            self._settle_times()
+            names = ("seconds", "wait_seconds", "forward_seconds", "backward_seconds")
+            times = {name: round(getattr(state, name), 4) for name in names}
             record = values | {"learning_rate": config.learning_rate * rate} | times
             metrics.write(state.step, record)
             if self._ranks.first:
@@ -243,11 +249,17 @@ class Fit:
         sums: dict[str, Tensor] = {}
         for part, batch in zip(self._share.parts, parts, strict=True):
             torch.manual_seed(seed_of(self._config.seed, self._state.step, part))
-            with self._accelerator.autocast():
+            with self._clock.part("forward"), self._accelerator.autocast():
                 found = objective.sums(self._model, to_device(batch, self._accelerator.device), sizes)
-            self._accelerator.backward(objective.means(found, rows)["loss"])
+            with self._clock.part("backward"):
+                self._accelerator.backward(objective.means(found, rows)["loss"])
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in found.items()}
         return objective.means(sums, rows)
+
+    def _settle_times(self) -> None:
+        taken = self._clock.take()
+        self._state.forward_seconds += taken.get("forward", 0.0)
+        self._state.backward_seconds += taken.get("backward", 0.0)
 
     def _measure(self, validate: Callable[[nn.Module], float], metrics: Metrics) -> None:
         state, ranks = self._state, self._ranks
@@ -276,6 +288,7 @@ class Fit:
 
     def _write(self) -> None:
         """Write a checkpoint under a temporary name, rename it, then drop the older ones."""
+        self._settle_times()
         folder = self._run / CHECKPOINTS
         final = folder / f"{self._state.step:08d}"
         partial = folder / f"{final.name}.partial"

@@ -97,7 +97,7 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
         maps = unit.maps
         for direction in cache.spec.directions:
             if cache.spec.weights != "sqrt8":
-                counts[direction] += _count_masses(unit, direction)
+                counts[direction] += count_masses(unit, direction)
         dense += int((maps.text_tokens * maps.image_tokens).sum()) * 2 * len(counts) * cache.spec.stored_heads
         if len(maps.sample):
             text += [int(maps.text_tokens.min()), int(maps.text_tokens.max())]
@@ -125,7 +125,7 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
     )
 
 
-def _count_masses(unit: Unit, direction: str) -> np.ndarray:
+def count_masses(unit: Unit, direction: str) -> np.ndarray:
     """How many valid rows keep how many thousandths of their mass; read a chunk at a time."""
     counted = np.zeros(1001, np.int64)
     maps = unit.maps

@@ -15,9 +15,9 @@ ORDER = (
     "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "audit", "preprocess", "views", "drift",
     "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share",
     "staging", "subset", "merge", "vilt", "teacher", "student", "losses", "join", "targets", "batches", "terms",
-    "records", "scores", "tasks", "runs", "replay", "interrupt", "ranks", "fit", "distill", "presets", "teach",
+    "records", "scores", "tasks", "runs", "replay", "interrupt", "ranks", "clock", "fit", "distill", "presets", "teach",
     "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train",
-    "evaluate", "seen", "gallery", "demo",
+    "evaluate", "seen", "gallery", "figures", "compare", "sheet", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 

@@ -47,7 +47,7 @@ def stop_after(number):
 
 
 def metrics(out):
-    timed = ("seconds", "wait_seconds")
+    timed = ("seconds", "wait_seconds", "forward_seconds", "backward_seconds")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
