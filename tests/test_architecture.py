@@ -17,7 +17,7 @@ ORDER = (
     "staging", "subset", "merge", "vilt", "teacher", "student", "losses", "join", "targets", "batches", "terms",
     "records", "scores", "tasks", "runs", "replay", "interrupt", "ranks", "clock", "fit", "distill", "presets", "teach",
     "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train",
-    "evaluate", "seen", "gallery", "figures", "compare", "sheet", "demo",
+    "evaluate", "seen", "gallery", "figures", "compare", "sheet", "doctor", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
