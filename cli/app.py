@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from dde_cache import __version__
 from dde_cache.errors import DdeCacheError
 
-from .console import errors
+from .console import console, errors, quietly
 
 COMMANDS = {
     "data": "Turn pictures and questions into WebDataset shards.",
@@ -32,6 +32,9 @@ COMMANDS = {
     "predict": "Answer questions about stored pictures.",
     "search": "Find stored pictures for a text, or texts for a picture.",
     "export": "Write a student as ONNX files.",
+    "view": "Write a page that shows attention over pictures.",
+    "report": "Write a page that shows runs side by side.",
+    "doctor": "Say what is installed here, and whether it works.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
 
@@ -86,9 +89,11 @@ def _load(name: str) -> Any:
     """Import the file of a command (`eval_` and the like: its function or its own Typer application)."""
     module = importlib.import_module(f".{_FILES.get(name, name)}", __package__)
     if hasattr(module, "app"):
+        for command in module.app.registered_commands:
+            command.callback = quietly(command.callback)
         return typer.main.get_command(module.app)
     single = typer.Typer(add_completion=False)
-    single.command(name)(getattr(module, name, None) or getattr(module, f"{name}_"))
+    single.command(name)(quietly(getattr(module, name, None) or getattr(module, f"{name}_")))
     return typer.main.get_command(single)
 
 
@@ -105,6 +110,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run the command line."""
+    console.quiet = False
     # Hugging Face's own bars would be drawn into ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Our own messages say what is wrong with a checkpoint; its report on every load does not.

@@ -21,7 +21,7 @@ from dde_cache.importers.shapes import shapes_source
 from dde_cache.importers.snli_ve import snli_ve_source
 from dde_cache.importers.vqav2 import vqav2_source
 
-from .console import console, errors, progress
+from .console import console, errors, print_json, progress
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -90,6 +90,7 @@ def import_(
     labels: str | None = typer.Option(None, help="Labels allowed: a,b,c or a file with one a line."),
     skip_bad: bool = typer.Option(False, "--skip-bad", help=f"Leave bad samples out, list them in {LEFT_OUT_NAME}."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace shards that are in --out."),
+    json: bool = typer.Option(False, "--json", help="Print the counts as JSON."),
 ) -> None:
     """Check every sample of SOURCE and write them as shards, or list all that is wrong and write nothing."""
     given = {"from": from_, "count": count, "grid": grid, "cell": cell, "texts": texts, "seed": seed}
@@ -100,7 +101,7 @@ def import_(
     allowed = _labels(labels)
     try:
         with progress() as bar:
-            task = bar.add_task(source.value, total=found.total, visible=False)
+            task = bar.add_task(source.value, total=found.total)
             imported = import_samples(
                 found,
                 out,
@@ -108,12 +109,33 @@ def import_(
                 labels=allowed,
                 skip_bad=skip_bad,
                 overwrite=overwrite,
-                progress=lambda number: bar.update(task, completed=number, visible=True),
+                progress=lambda number: bar.update(task, completed=number),
             )
     except KeyboardInterrupt as stop:
         errors.print("[bold yellow]stopped;[/] nothing was written. Run the same command again.")
         raise typer.Exit(130) from stop
-    _show(imported)
+    if json:
+        print_json(_counts(imported))
+    else:
+        _show(imported)
+
+
+def _counts(imported: Imported) -> dict[str, Any]:
+    """What was written, for programs."""
+    index = imported.index
+    return {
+        "out": str(imported.folder),
+        "already": imported.already,
+        "source": index.source,
+        "split": index.split,
+        "shards": len(index.shards),
+        "samples": sum(entry.samples for entry in index.shards),
+        "pairs": sum(entry.pairs for entry in index.shards),
+        "left_out": index.left_out,
+        "answers": [
+            {"kind": kind, "label": label, "texts": count} for (kind, label), count in imported.answers.items()
+        ],
+    }
 
 
 def _source(name: SourceName, split: str | None, options: dict[str, Any]) -> Source:

@@ -33,16 +33,14 @@ def eval_(
     loaded = load_subject(subject, device, task_name)
     samples = open_shards(shards)
     with progress() as bar:
-        task = bar.add_task(
-            "eval", total=sum(len(sample.texts) for shard in samples for sample in shard), visible=False
-        )
+        task = bar.add_task("eval", total=sum(len(sample.texts) for shard in samples for sample in shard))
         found = evaluate(
             loaded,
             samples,
             cache=opened(targets, cache_dir, cache_limit) if targets else None,
             baseline_shards=open_shards(baseline) if baseline else (),
             batch_size=batch_size,
-            advance=lambda pairs: bar.update(task, advance=pairs, visible=True),
+            advance=lambda pairs: bar.update(task, advance=pairs),
         )
     if json:
         print_json(found)

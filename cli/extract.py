@@ -18,7 +18,7 @@ from dde_cache.samples import open_shards
 from dde_cache.spec import UnitEntry
 from dde_cache.views import DEFAULT_RECIPE, RECIPES
 
-from .console import console, errors, print_json, progress
+from .console import console, note, print_json, progress, working
 
 MAX_K = 32
 """Most keys of a row under `--mass` alone."""
@@ -88,7 +88,8 @@ def extract(
     )
     opened = open_shards(shards)
     if plan:
-        planned = plan_extraction(opened, teacher, out, settings, sample)
+        with working("plan"):
+            planned = plan_extraction(opened, teacher, out, settings, sample)
         if json:
             print_json(planned)
         else:
@@ -104,15 +105,15 @@ def extract(
 
 def _watch(bar: Progress) -> ExtractProgress:
     """Draw an extraction's progress."""
-    task = bar.add_task("extract", total=None, visible=False, rate="-", kept="-", size="-")
+    task = bar.add_task("prepare", total=None, rate="-", kept="-", size="-")
     sizes = {"bytes": 0, "pairs": 0}
     begin = time.perf_counter()
 
     def start(pairs: int, finished: int, grid: str) -> None:
-        bar.update(task, total=pairs, visible=True)
-        errors.print(f"pictures {grid}", highlight=False)
+        bar.update(task, total=pairs, description="extract")
+        note(f"pictures {grid}")
         if finished:
-            errors.print(f"{finished:,} pairs are in finished units and are skipped", highlight=False)
+            note(f"{finished:,} pairs are in finished units and are skipped")
 
     def batch(pairs: int, kept: float) -> None:
         done = bar.tasks[task].completed + pairs

@@ -10,7 +10,7 @@ from rich.table import Table
 from dde_cache.spec import TargetSpec
 from dde_cache.summary import CacheSummary, PairLinks, pair_links, summarise
 
-from .console import console, print_json
+from .console import console, print_json, working
 from .places import CACHE_DIR, CACHE_LIMIT, opened
 
 
@@ -27,13 +27,15 @@ def inspect(
     """Show what is in CACHE: identity, targets, counts, kept mass, size."""
     found = opened(cache, cache_dir, cache_limit)
     if key is not None:
-        links = pair_links(found, key, text, top)
+        with working("look for the key"):
+            links = pair_links(found, key, text, top)
         if json:
             print_json(links)
         else:
             console.print(_links_table(links))
         return
-    summary = summarise(found, units or (1 if found.streams else None))
+    with working("read the units"):
+        summary = summarise(found, units or (1 if found.streams else None))
     if json:
         print_json(summary)
         return

@@ -12,7 +12,7 @@ from dde_cache.merge import merge as run_merge
 from dde_cache.samples import open_shards
 from dde_cache.store import Cache
 
-from .console import console, print_json
+from .console import console, print_json, working
 
 
 def merge(
@@ -27,13 +27,14 @@ def merge(
     policies: dict[str, OnOverlap] = {"error": "error", "first": "first"}
     if on_overlap not in policies:
         raise InputError(f"expected --on-overlap error or first, got {on_overlap!r}")
-    report = run_merge(
-        [Cache(folder) for folder in caches],
-        out,
-        on_overlap=policies[on_overlap],
-        shards=None if shards is None else open_shards(shards),
-        link=link,
-    )
+    with working("merge"):
+        report = run_merge(
+            [Cache(folder) for folder in caches],
+            out,
+            on_overlap=policies[on_overlap],
+            shards=None if shards is None else open_shards(shards),
+            link=link,
+        )
     if json:
         print_json(report)
         return

@@ -9,7 +9,7 @@ from dde_cache.remote import is_url
 from dde_cache.store import Cache
 from dde_cache.streamed import DEFAULT_LIMIT, default_cache_dir, open_cache, parse_size
 
-from .console import errors
+from .console import note
 
 CACHE_DIR = typer.Option(
     None, help="For a cache behind a URL: where fetched units are kept. Default DDE_CACHE_DIR, or ~/.cache/dde-cache."
@@ -25,5 +25,5 @@ def opened(place: str, cache_dir: Path | None, cache_limit: str | None) -> Cache
     if is_url(place):
         size = sum(entry.size for entry in cache.manifest.units)
         text = f"{size / 1e6:,.1f} MB at {place}; at most {limit / 1e6:,.0f} MB of it are kept in {folder}"
-        errors.print(escape(text), highlight=False)
+        note(escape(text))
     return cache

@@ -45,12 +45,12 @@ def pull(
 
 
 def _watch(bar: Progress, name: str) -> Watch:
-    task = bar.add_task(name, total=None, visible=False, units="")
+    task = bar.add_task(name, total=None, units="")
     done = {"units": 0, "of": 0}
 
     def start(total: int, units: int) -> None:
         done["of"] = units
-        bar.update(task, total=total, visible=True, units=f"0/{units} units")
+        bar.update(task, total=total, units=f"0/{units} units")
 
     def unit(_entry: UnitEntry) -> None:
         done["units"] += 1

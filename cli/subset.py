@@ -13,7 +13,7 @@ from dde_cache.subset import Selection, SubsetReport, read_keys
 from dde_cache.subset import Table as CacheTable
 from dde_cache.subset import subset as run_subset
 
-from .console import console, print_json
+from .console import console, print_json, working
 from .extract import layer_numbers
 
 
@@ -36,7 +36,8 @@ def subset(
     )
     if selection == Selection():
         raise InputError("expected --units, --keys, --layers or --fields, got none: the whole cache would be copied")
-    report = run_subset(Cache(cache), out, selection, link=link)
+    with working("subset"):
+        report = run_subset(Cache(cache), out, selection, link=link)
     if json:
         print_json(report)
     else:

@@ -12,7 +12,7 @@ from dde_cache.ranks import Ranks
 from dde_cache.samples import open_shards
 from dde_cache.teach import TeachConfig, train_teacher
 
-from .console import console, progress
+from .console import console, print_json, progress
 from .tables import score_table
 
 app = typer.Typer(no_args_is_help=True)
@@ -40,6 +40,7 @@ def train(
     precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
     seed: int | None = typer.Option(None),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
+    json: bool = typer.Option(False, "--json", help="Print the score as JSON."),
 ) -> None:
     """Train or fine-tune a ViLT with a task head, and save it with processor, tokenizer and card."""
     settings = resolve_config(
@@ -56,12 +57,12 @@ def train(
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
     ranks = Ranks()
     bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}")
-    bar.disable = not ranks.first
+    bar.disable = bar.disable or not ranks.first
     with bar:
-        task = bar.add_task("teacher", visible=False, loss="-", valid="-")
+        task = bar.add_task("prepare", total=None, loss="-", valid="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
-            bar.update(task, completed=number, visible=True, loss=f"{record['loss']:.3f}")
+            bar.update(task, completed=number, loss=f"{record['loss']:.3f}")
 
         def valid_accuracy(number: int, accuracy: float) -> None:
             bar.update(task, completed=number, valid=f"{accuracy:.3f}")
@@ -74,9 +75,14 @@ def train(
             valid=held_out,
             resume=resume,
             source=shards,
-            progress=FitProgress(step, valid_accuracy, lambda total: bar.update(task, total=total)),
+            progress=FitProgress(
+                step, valid_accuracy, lambda total: bar.update(task, total=total, description="teacher")
+            ),
         )
     if not ranks.first:
+        return
+    if json:
+        print_json({"out": str(out), "score": None if taught.score is None else taught.score.model_dump()})
         return
     if taught.score is not None:
         console.print(score_table(taught.score, escape(f"{out} on {valid}")))

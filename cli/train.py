@@ -108,20 +108,20 @@ def train(
         errors.print(note, highlight=False)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
     bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
-    bar.disable = not ranks.first
+    bar.disable = bar.disable or not ranks.first
     with warnings.catch_warnings(), bar:
         warnings.simplefilter("always", PixelDriftWarning)
         warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
-        task = bar.add_task("train", visible=False, loss="-", valid="-", wait="-")
+        task = bar.add_task("prepare", total=None, loss="-", valid="-", wait="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
             wait = record["wait_seconds"] / max(record["seconds"], 1e-9)
-            bar.update(task, completed=number, visible=True, loss=f"{record['loss']:.3f}", wait=f"{wait:.0%}")
+            bar.update(task, completed=number, loss=f"{record['loss']:.3f}", wait=f"{wait:.0%}")
 
         watch = FitProgress(
             step,
             lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
-            lambda steps: bar.update(task, total=steps),
+            lambda steps: bar.update(task, total=steps, description="train"),
         )
         about = {"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset}
         common: dict[str, Any] = {"valid": held_out, "resume": resume, "about": about, "progress": watch}

@@ -13,7 +13,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write_members(path: Path, members: Mapping[str, bytes], *, replace: bool = True) -> tuple[int, str]:
-    """Write the members of a zip stored, sorted, with fixed times, and flush it to disk; return its size and its SHA-256.
+    """Write the members of a zip stored, sorted, with fixed times; flush it to disk; return its size and its SHA-256.
 
     Raises:
         OSError: the disk is full; nothing under `path` then.

@@ -26,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch, to_device
+from dde_cache.clock import Clock
 from dde_cache.errors import RunError
 from dde_cache.interrupt import FinishStep
+from dde_cache.optimizer import parameter_groups, rate_at
 from dde_cache.ranks import Ranks
 from dde_cache.runs import CHECKPOINTS, METRICS, FitConfig, Metrics
 from dde_cache.stream import Share
@@ -69,15 +71,9 @@ class _State:
     best_step: int | None = None
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
     scaler: dict[str, float] | None = None
-
-
-def rate_at(step: int, config: FitConfig) -> float:
-    """Factor of the learning rate at a step: linear warm-up, then linear decay to 0."""
-    warmup = config.warmup * config.steps
-    if step < warmup:
-        return (step + 1) / max(warmup, 1)
-    return (config.steps - step) / (config.steps - warmup)
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
@@ -129,7 +125,7 @@ class Fit:
             )
         self._accelerator = _accelerator(config.precision)
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+            parameter_groups(model, config), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         self._rates = [group["lr"] for group in optimizer.param_groups]
         # evaluation_mode: no DistributedDataParallel around it; `Ranks.add_gradients` does its work.
@@ -137,6 +133,7 @@ class Fit:
         self._optimizer = self._accelerator.prepare_optimizer(optimizer)
         self._plain: nn.Module = self._accelerator.unwrap_model(self._model)
         self._state = _State()
+        self._clock = Clock(self._accelerator.device)
         self._saved: int | None = None
 
     def resume(self) -> None:
@@ -232,7 +229,9 @@ class Fit:
                     f"step {state.step}: expected finite losses, got {values}; lower the learning rate, or use "
                     "precision bf16 instead of fp16"
                 )
-            times = {"seconds": round(state.seconds, 4), "wait_seconds": round(state.wait_seconds, 4)}
+            self._settle_times()
+            names = ("seconds", "wait_seconds", "forward_seconds", "backward_seconds")
+            times = {name: round(getattr(state, name), 4) for name in names}
             record = values | {"learning_rate": config.learning_rate * rate} | times
             metrics.write(state.step, record)
             if self._ranks.first:
@@ -242,16 +241,22 @@ class Fit:
         """Add up the gradients of this rank's micro-batches; return its part of the global batch's losses."""
         objective = self._objective
         sizes = {name: int(value) for name, value in self._ranks.largest(objective.sizes(parts)).items()}
-        rows = {name: int(value) for name, value in self._ranks.total(objective.rows(parts, sizes)).items()}
+        rows = self._ranks.total(objective.rows(parts, sizes))
         self._model.train()
         sums: dict[str, Tensor] = {}
         for part, batch in zip(self._share.parts, parts, strict=True):
             torch.manual_seed(seed_of(self._config.seed, self._state.step, part))
-            with self._accelerator.autocast():
+            with self._clock.part("forward"), self._accelerator.autocast():
                 found = objective.sums(self._model, to_device(batch, self._accelerator.device), sizes)
-            self._accelerator.backward(objective.means(found, rows)["loss"])
+            with self._clock.part("backward"):
+                self._accelerator.backward(objective.means(found, rows)["loss"])
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in found.items()}
         return objective.means(sums, rows)
+
+    def _settle_times(self) -> None:
+        taken = self._clock.take()
+        self._state.forward_seconds += taken.get("forward", 0.0)
+        self._state.backward_seconds += taken.get("backward", 0.0)
 
     def _measure(self, validate: Validate, metrics: Metrics) -> None:
         state, ranks = self._state, self._ranks
@@ -285,6 +290,7 @@ class Fit:
 
     def _write(self) -> None:
         """Write a checkpoint under a temporary name, rename it, then drop the older ones."""
+        self._settle_times()
         folder = self._run / CHECKPOINTS
         final = folder / f"{self._state.step:08d}"
         partial = folder / f"{final.name}.partial"
@@ -333,20 +339,3 @@ def _accelerator(precision: str) -> Accelerator:
         return Accelerator(mixed_precision=precision)
     except ValueError as error:
         raise RunError(f"expected a precision that this device can do, got {precision!r}: {error}") from error
-
-
-def _parameter_groups(model: nn.Module, config: FitConfig) -> list[dict[str, Any]]:
-    """Split parameters by weight decay (none for biases, norms and single vectors) and by the head's learning rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            head = name.startswith(("classifier", "head"))
-            groups.setdefault((head, parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": config.learning_rate * (config.head_learning_rate_factor if head else 1.0),
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (head, decays), parameters in groups.items()
-    ]

@@ -134,22 +134,34 @@ def answer_bce_sum(student: Float[Tensor, "b c"], target: Float[Tensor, "b c"]) 
 
 
 def contrastive_sum(
-    text: Float[Tensor, "b w"], image: Float[Tensor, "b w"], scale: Float[Tensor, ""], sample: Int[Tensor, " b"]
+    text: Float[Tensor, "n w"],
+    image: Float[Tensor, "n w"],
+    scale: Float[Tensor, ""],
+    sample: Int[Tensor, " n"],
+    *,
+    own: slice = slice(None),
+    valid: Bool[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of picking the own partner among all pairs, both ways, halved (CLIP, arXiv 2103.00020); summed.
 
     Texts of one sample share their picture: they are partners of each other's pictures, so they are left out of one
-    another's candidates, on both sides.
+    another's candidates, on both sides. In fp32, inside autocast too.
 
     Args:
         text: pooled vectors; normalised here.
         image: those of their pictures.
         scale: factor of the cosines.
         sample: number of each pair's sample.
+        own: the pairs whose losses are summed; all are candidates.
+        valid: pairs that are no padding; None: all.
     """
-    cosine = nn.functional.normalize(text.float(), dim=-1) @ nn.functional.normalize(image.float(), dim=-1).T
-    own = torch.eye(len(sample), dtype=torch.bool, device=sample.device)
-    twins = (sample[:, None] == sample[None]) & ~own
-    logits = (scale.float() * cosine).masked_fill(twins, torch.finfo(torch.float32).min)
-    rows = [nn.functional.cross_entropy(side, own.long().argmax(-1), reduction="sum") for side in (logits, logits.T)]
+    with torch.autocast(text.device.type, enabled=False):
+        text, image = (nn.functional.normalize(side.float(), dim=-1) for side in (text, image))
+        sides = [scale.float() * text[own] @ image.T, scale.float() * image[own] @ text.T]
+    self = torch.eye(len(sample), dtype=torch.bool, device=sample.device)[own]
+    hidden = (sample[own, None] == sample[None]) & ~self
+    hidden = hidden if valid is None else hidden | ~valid
+    target = self.long().argmax(-1)
+    lowest = torch.finfo(torch.float32).min
+    rows = [nn.functional.cross_entropy(one.masked_fill(hidden, lowest), target, reduction="sum") for one in sides]
     return (rows[0] + rows[1]) / 2

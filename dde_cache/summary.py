@@ -97,7 +97,7 @@ def summarise(cache: Cache, units: int | None = None) -> CacheSummary:
         maps = unit.maps
         for direction in cache.spec.directions:
             if cache.spec.weights != "sqrt8":
-                counts[direction] += _count_masses(unit, direction)
+                counts[direction] += count_masses(unit, direction)
         dense += _dense_bytes(maps, cache.spec)
         if len(maps.sample):
             text += [int(maps.text_tokens.min()), int(maps.text_tokens.max())]
@@ -136,7 +136,7 @@ def _dense_bytes(maps: MapColumns, spec: TargetSpec) -> int:
     return 2 * (spec.stored_heads * rows + (spec.hidden_width or 0) * int((words + patches).sum()))
 
 
-def _count_masses(unit: Unit, direction: Direction) -> np.ndarray:
+def count_masses(unit: Unit, direction: Direction) -> np.ndarray:
     """How many valid rows keep how many thousandths of their mass; read a chunk at a time."""
     counted = np.zeros(1001, np.int64)
     maps = unit.maps

@@ -76,7 +76,7 @@ class Objective(Generic[Output]):
 
     def means(self, sums: Mapping[str, Tensor], rows: Mapping[str, float]) -> Losses:
         """Each term's mean over `rows` (0 where there are none), and their weighted sum `loss`."""
-        means = {name: sums[name] / max(rows[name], 1) for name in self._terms}
+        means = {name: sums[name] / (rows[name] or 1) for name in self._terms}
         weighted = [term.weight * means[name] for name, term in self._terms.items()]
         return {"loss": sum(weighted[1:], weighted[0]), **means}
 

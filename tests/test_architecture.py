@@ -11,15 +11,16 @@ CORE = sorted((ROOT / "dde_cache").rglob("*.py"))
 PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
-    "errors", "files", "spec", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images", "tars",
-    "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views", "passes",
-    "partners", "audit", "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed",
-    "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student", "initial", "pretext",
-    "losses", "join", "lookup", "targets", "agreement", "batches", "terms", "encoder", "records", "buckets",
-    "scores", "tasks", "runs", "replay", "interrupt", "ranks", "fit", "choices", "distill", "pretraining",
-    "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "repair", "summary", "importers",
-    "prepare", "train", "pretrain", "evaluate", "inference", "pictures", "questions", "stored_rows", "embeddings",
-    "embed", "predict", "search", "export", "demo",
+    "errors", "files", "spec", "pages", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images",
+    "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views",
+    "passes", "partners", "audit", "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch",
+    "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student", "initial",
+    "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms", "encoder", "records",
+    "buckets", "ranks", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices",
+    "distill", "pretraining", "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "repair",
+    "summary", "importers", "prepare", "train", "pretrain", "evaluate", "seen", "gallery", "figures", "compare",
+    "sheet", "doctor", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict",
+    "search", "export", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 

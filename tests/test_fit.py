@@ -9,7 +9,8 @@ from pipeline import make_cache, make_shards, tree
 
 from dde_cache.distill import CachedTargets, TrainConfig
 from dde_cache.errors import RunError
-from dde_cache.fit import Fit, Progress, rate_at
+from dde_cache.fit import Fit, Progress
+from dde_cache.optimizer import rate_at
 from dde_cache.runs import FitConfig, open_run
 from dde_cache.student import DualEncoder
 from dde_cache.tasks import SingleLabel
@@ -47,7 +48,7 @@ def stop_after(number):
 
 
 def metrics(out):
-    timed = ("seconds", "wait_seconds")
+    timed = ("seconds", "wait_seconds", "forward_seconds", "backward_seconds")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 

@@ -254,6 +254,15 @@ def test_two_ranks_drop_what_two_micro_batches_drop(shards, cache, tmp_path):
     assert metrics(tmp_path / "other")[0]["loss"] != pytest.approx(metrics(tmp_path / "one")[0]["loss"], rel=1e-4)
 
 
+def test_retrieval_contrasts_the_pairs_of_all_ranks(shards, cache, tmp_path):
+    """Ranks of 7 and 8 pairs, each with the other's as candidates, in both directions."""
+    changes = {"task": "retrieval", "soft_weight": 0, "hard_weight": 1, "batch_size": 15, "steps": 3}
+    on_two_ranks(tmp_path, *arguments(shards, cache, tmp_path / "two", **changes))
+    one = cli(*arguments(shards, cache, tmp_path / "one", **changes))
+    assert one.code == 0, one.err
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 def test_every_choice_on_two_ranks(shards, teacher_folder, tmp_path):
     """Whole rows, several layers, hidden states with their projections: what each rank has is one part of a sum."""
     cache = make_cache(

@@ -273,6 +273,10 @@ def test_contrastive_loss_leaves_out_the_captions_of_the_same_picture():
     assert float(total) == pytest.approx(sum(losses) / 2, rel=1e-5)
     alone = contrastive_sum(*(one[:1] for one in tensors), torch.tensor(2.5), torch.from_numpy(sample[:1]))
     assert float(alone) == pytest.approx(0, abs=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = contrastive_sum(*(one.bfloat16() for one in tensors), torch.tensor(2.5), torch.from_numpy(sample))
+    exact = contrastive_sum(*(one.bfloat16().float() for one in tensors), torch.tensor(2.5), torch.from_numpy(sample))
+    assert float(lower) == float(exact), "cosines are in fp32, whatever the precision"
 
 
 def test_retrieval_trains_its_temperature_and_keeps_it(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 from dde_cache.batches import Batch, PairDataset, batch_loader, class_numbers
 from dde_cache.errors import InputError
 from dde_cache.losses import contrastive_sum
+from dde_cache.ranks import Ranks
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import OTHER_KIND, Baselines, EvaluationReport, Score, texts_of
 from dde_cache.student import DualEncoderOutput
@@ -65,8 +66,19 @@ class Retrieval(Task):
         return len(batch["sample"])
 
     def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
-        """Contrast the texts and pictures of the batch."""
-        return contrastive_sum(output.text.pooled, output.image.pooled, output.scale, batch["sample"])
+        """Contrast the texts and pictures of the batch with those of all ranks.
+
+        (Of a batch in micro-batches, only with those that run at the same time.)
+        """
+        ranks, text, image = Ranks(), output.text.pooled, output.image.pooled
+        most = int(ranks.largest({"pairs": len(text)})["pairs"])
+        # In one message: the ranks then speak in the same order backwards, too.
+        text, image = ranks.gather(torch.cat([text, image], dim=-1), most).split(text.shape[1], dim=-1)
+        told = torch.stack([batch["sample"], torch.ones_like(batch["sample"])], dim=-1)
+        sample, valid = ranks.gather(told, most).unbind(-1)
+        first = ranks.number * most
+        own = slice(first, first + len(told))
+        return contrastive_sum(text, image, output.scale, sample, own=own, valid=valid > 0)
 
     def predict(
         self,

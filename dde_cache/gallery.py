@@ -1,0 +1,307 @@
+"""Recipe: one page on which a cache's attention can be looked at, with a student's beside it."""
+
+import base64
+import html
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dde_cache.batches import PairDataset, torch_device
+from dde_cache.configs import resolve_config
+from dde_cache.distill import TrainConfig
+from dde_cache.errors import CacheError, InputError, RunError, bullet_list
+from dde_cache.join import join
+from dde_cache.pages import data_element, fill_page, json_text, read_part
+from dde_cache.preprocess import Preprocessor
+from dde_cache.runs import CONFIG
+from dde_cache.samples import Shard, Text
+from dde_cache.seen import LEVELS, Rows, SeenImage, SeenPair, Seer
+from dde_cache.spec import Model
+from dde_cache.store import Cache, write_text
+from dde_cache.stream import Pair, PairTable
+from dde_cache.student import DualEncoder
+from dde_cache.targets import CacheTargets
+from dde_cache.train import MODEL
+from dde_cache.views import parse_recipe
+
+Order = Literal["keys", "divergence", "kept mass", "spread"]
+
+BATCH = 32
+KL_UNIT, KEPT_UNIT = 1e-3, 1e-4
+"""Steps in which a page has them, in two bytes each."""
+
+_ORDERS: Mapping[Order, str] = {
+    "keys": "the pairs that were asked for",
+    "divergence": "the pairs with the largest attention loss of the student first",
+    "kept mass": "the pairs with the lowest mean kept mass first",
+    "spread": "pairs spread evenly over the shards (every key is kept, so that none is worse than another)",
+}
+
+
+class ViewReport(Model):
+    """What `dde-cache view` has written."""
+
+    out: str
+    order: Order = Field(description="how the pairs were chosen")
+    pairs: int
+    among: int = Field(description="pairs that were looked at to choose them")
+    of: int = Field(description="pairs that shards and cache have in common")
+    layer: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pairs go on a page.
+
+    Attributes:
+        keys: every text of these samples, in this order; none: the worst pairs.
+        count: how many of the worst.
+        among: how many pairs, spread evenly, are looked at to find them; None: all.
+        layer: of the cache; None: the one that the run learns from, or the last.
+        view: number of the view.
+    """
+
+    keys: tuple[str, ...] = ()
+    count: int = 24
+    among: int | None = 2000
+    layer: int | None = None
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class _Student:
+    """A run's model, its processor and answers, and the layer that it learnt from."""
+
+    model: DualEncoder
+    preprocessor: Preprocessor
+    labels: tuple[str, ...]
+    layer: int | None
+
+
+def view(
+    cache: Cache,
+    shards: Sequence[Shard],
+    out: Path,
+    choice: Choice,
+    *,
+    run: Path | None = None,
+    device: str = "cpu",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> ViewReport:
+    """Write one page that needs nothing else.
+
+    Args:
+        cache: whose targets are shown.
+        shards: the samples that they were made from.
+        out: the HTML file; a file that is there is replaced.
+        choice: which pairs.
+        run: whose student is shown beside the teacher.
+        device: where it runs.
+        advance: called with the pairs that are done and their number.
+
+    Raises:
+        InputError: no such keys, view or layer, or the samples are not the cache's.
+        CacheError: the cache has no maps in both directions, or is damaged.
+        RunError: the run has no model that can be read.
+    """
+    _check(cache, choice)
+    student = None if run is None else _load(run, device)
+    layer = _layer(cache, choice, student)
+    table = join(shards, cache, "skip").table
+    order, numbers = _candidates(cache, table, choice, student is not None)
+    views = cache.spec.views
+    numbers = [number * views + choice.view for number in numbers]
+    preprocessor = student.preprocessor if student else cache.preprocessor()
+    reader = CacheTargets(cache, shards, layer)
+    in_views, recipe = table.in_views(views), parse_recipe(cache.spec.view)
+    dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe)
+    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None)
+    among = len(numbers)
+    count = among if order == "keys" else min(choice.count, among)
+    ranked = order in ("divergence", "kept mass")
+    done = _Done(advance, count + among * ranked)
+    scores: dict[int, float] = {}
+    for some in _batches(numbers) if ranked else ():
+        scores |= dict(zip(some, seer.scores(some), strict=True))
+        done.add(len(some))
+    shown, blocks = [], []
+    for some in _batches(sorted(numbers, key=lambda number: -scores[number])[:count] if ranked else numbers[:count]):
+        for pair in seer.pairs(some):
+            place = in_views[pair.number]
+            text = shards[place.shard].read(place.key).texts[place.text]
+            answers = {
+                "teacher": _answer(pair.teacher_logits, cache.labels),
+                "student": _answer(pair.student_logits, student.labels if student else None),
+            }
+            about_pair = _described(pair, place, text, preprocessor)
+            shown.append({**about_pair, **answers, "score": scores.get(pair.number)})
+            names = [f"maps-{len(shown) - 1}-{slot}" for slot in range(len(pair.images))]
+            blocks += [data_element(name, _packed(image)) for name, image in zip(names, pair.images, strict=True)]
+        done.add(len(some))
+    about = {
+        **{"cache": Path(cache.name).name, "run": None if run is None else run.name, "layer": layer},
+        **{"heads": seer.heads, "levels": LEVELS, "kl_unit": KL_UNIT, "kept_unit": KEPT_UNIT, "order": order},
+        "chosen": f"{_ORDERS[order]}; {count:,} of {among:,} looked at, of {len(table):,}",
+        "view": f"view {choice.view} of {views}" if views > 1 else "",
+    }
+    write_text(out, _page(about, shown, blocks))
+    return ViewReport(
+        out=str(out), order=order, pairs=count, among=among, of=len(table), layer=layer, bytes=out.stat().st_size
+    )
+
+
+class _Done:
+    """Counts what is done, and tells."""
+
+    def __init__(self, advance: Callable[[int, int], None], total: int) -> None:
+        self._advance, self._total, self._done = advance, total, 0
+
+    def add(self, pairs: int) -> None:
+        """So many more."""
+        self._done += pairs
+        self._advance(self._done, self._total)
+
+
+def _check(cache: Cache, choice: Choice) -> None:
+    spec = cache.spec
+    if not spec.layers or len(spec.directions) < 2:
+        has = "predictions alone" if not spec.layers else f"{spec.directions[0]} alone"
+        raise CacheError(f"{cache.name}: expected attention maps in both directions to look at, but it has {has}")
+    if choice.layer is not None and choice.layer not in spec.layers:
+        raise InputError(f"expected --layer as one of the cache's {list(spec.layers)}, got {choice.layer}")
+    if not 0 <= choice.view < spec.views:
+        raise InputError(f"expected --view-number from 0 to {spec.views - 1}, got {choice.view}")
+
+
+def _load(run: Path, device: str) -> _Student:
+    target = torch_device(device)
+    try:
+        model = DualEncoder.from_pretrained(run / MODEL).to(target).eval()
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{run}: expected a run with a saved model, but it cannot be read ({str(error).splitlines()[0]}); go on "
+            "with `dde-cache train ... --resume`"
+        ) from error
+    shape = model.config.vilt()
+    preprocessor = Preprocessor.load(run / MODEL, shape.patch_size, shape.max_position_embeddings)
+    layer = resolve_config(TrainConfig, run / CONFIG).layer if (run / CONFIG).is_file() else None
+    labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
+    return _Student(model, preprocessor, labels, layer)
+
+
+def _layer(cache: Cache, choice: Choice, student: _Student | None) -> int:
+    if choice.layer is not None:
+        return choice.layer
+    learnt = student.layer if student else None
+    if learnt is not None and learnt not in cache.spec.layers:
+        raise InputError(
+            f"the run learns from layer {learnt}, but the cache has {list(cache.spec.layers)}; pass --layer to look at "
+            "one of these"
+        )
+    return cache.spec.layers[-1] if learnt is None else learnt
+
+
+def _candidates(cache: Cache, table: PairTable, choice: Choice, student: bool) -> tuple[Order, list[int]]:
+    """How pairs are chosen, and the numbers of those among which that is done."""
+    if choice.keys:
+        places: dict[str, list[int]] = {key: [] for key in choice.keys}
+        for number in range(len(table)):
+            places.get(table[number].key, []).append(number)
+        missing = [key for key, found in places.items() if not found]
+        if missing:
+            raise InputError(
+                f"expected keys of samples that both shards and {cache.name} have, found none for:"
+                f"{bullet_list(missing)}"
+            )
+        return "keys", [number for found in places.values() for number in found]
+    order: Order = "divergence" if student else "kept mass" if cache.spec.steps is None else "spread"
+    wanted = choice.count if order == "spread" else choice.among
+    size = len(table) if wanted is None else min(len(table), max(wanted, choice.count))
+    return order, np.linspace(0, len(table) - 1, size).round().astype(int).tolist()
+
+
+def _batches(numbers: Sequence[int]) -> Iterable[list[int]]:
+    return (list(numbers[start : start + BATCH]) for start in range(0, len(numbers), BATCH))
+
+
+def _described(pair: SeenPair, place: Pair, text: Text, preprocessor: Preprocessor) -> dict[str, Any]:
+    """What a page says of a pair in words."""
+    tokenizer = preprocessor.processor.tokenizer
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(pair.token_ids)]
+    apart = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
+    special = [number for number, token in enumerate(pair.token_ids) if token in apart]
+    return {
+        "key": place.key,
+        "slot": place.text,
+        "text": text.text,
+        "label": text.label,
+        "kind": text.kind,
+        "words": joined_words(pieces, special),
+        "special": [{"text": pieces[number], "tokens": [number]} for number in special],
+        "images": [
+            {
+                "grid": image.grid,
+                "sides": [side * preprocessor.patch_size for side in reversed(image.grid)],
+                "picture": f"data:{image.media_type};base64,{base64.b64encode(image.picture).decode()}",
+                "student": image.rows["t2i"].student is not None,
+                "kept": image.rows["t2i"].kept is not None,
+            }
+            for image in pair.images
+        ],
+    }
+
+
+def joined_words(pieces: Sequence[str], special: Sequence[int]) -> list[dict[str, Any]]:
+    """Join word pieces to words (WordPiece: what goes on with a word begins with ##); special tokens are left out.
+
+    Returns:
+        For each word its `text`, its `pieces` and the numbers of their `tokens`.
+    """
+    words: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        if number in special:
+            continue
+        goes_on = piece.startswith("##") and words and words[-1]["tokens"][-1] == number - 1
+        if goes_on:
+            words[-1]["text"] += piece[2:]
+            words[-1]["pieces"].append(piece)
+            words[-1]["tokens"].append(number)
+        else:
+            words.append({"text": piece, "pieces": [piece], "tokens": [number]})
+    return words
+
+
+def _answer(logits: np.ndarray | None, labels: Sequence[str] | None) -> str | None:
+    """The answer with the largest logit."""
+    if logits is None or labels is None or len(labels) != len(logits):
+        return None
+    return labels[int(logits.argmax())]
+
+
+def _packed(image: SeenImage) -> str:
+    """The numbers of one picture as base64 of zlib: of each direction teacher and student, then KL and kept mass."""
+    parts = []
+    for name in ("t2i", "i2t"):
+        rows: Rows = image.rows[name]
+        parts += [part.tobytes() for part in (rows.teacher, rows.student) if part is not None]
+        parts += [_steps(part, unit) for part, unit in ((rows.kl, KL_UNIT), (rows.kept, KEPT_UNIT)) if part is not None]
+    return base64.b64encode(zlib.compress(b"".join(parts), 9)).decode()
+
+
+def _steps(values: np.ndarray, unit: float) -> bytes:
+    return (values / unit).round().clip(0, 65535).astype("<u2").tobytes()
+
+
+def _page(about: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], blocks: Sequence[str]) -> str:
+    content = json_text({"about": about, "pairs": pairs})
+    parts = {
+        "title": html.escape(f"Attention in {about['cache']}"),
+        "data": data_element("page-data", content, "application/json") + "".join(blocks),
+    }
+    return fill_page(read_part("view.html"), parts, read_part("view.css"), read_part("view.js"))
