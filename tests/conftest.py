@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from browser import Browser, find_browser
 from hypothesis import settings
 from PIL import Image
 from transformers import (
@@ -108,6 +109,24 @@ def teacher_folder(save_teacher):
 def teacher(teacher_folder):
     """A tiny random fusion teacher: 3 layers, 3 heads, width 24, patch 12 px, answers no/yes/red."""
     return FusionTeacher.load(teacher_folder)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium."""
+    executable = find_browser()
+    if executable is None:
+        pytest.skip("no Chromium here; install one (Debian: chromium-headless-shell) or name it in DDE_CACHE_BROWSER")
+    opened = Browser(executable, tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
+
+
+def pytest_collection_modifyitems(config, items):
+    """`.ci/run` says so where no browser can be installed: then the tests that need one are left out, and counted."""
+    if os.environ.get("DDE_CACHE_NO_BROWSER"):
+        config.hook.pytest_deselected(items=[item for item in items if "browser" in item.fixturenames])
+        items[:] = [item for item in items if "browser" not in item.fixturenames]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from browser import Browser, find_browser
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import cli, make_cache, make_samples, make_shards
@@ -278,28 +277,21 @@ def test_what_is_no_run_is_refused(runs, shards, tmp_path):
         judge(begun, shards)
 
 
-def test_a_browser_shows_every_chart_in_both_schemes(runs, sparse, tmp_path, tmp_path_factory):
-    executable = find_browser()
-    if executable is None:
-        pytest.skip("no Chromium here; install one (Debian: chromium-headless-shell) or name it in DDE_CACHE_BROWSER")
+def test_a_browser_shows_every_chart_in_both_schemes(runs, sparse, tmp_path, browser):
     out = tmp_path / "report.html"
     assert cli("report", *runs, "--targets", sparse.folder, "--out", out).code == 0
-    browser = Browser(executable, tmp_path_factory.mktemp("browser"))
-    try:
-        shown = []
-        for dark in (False, True):
-            browser.open(out, dark=dark)
-            images = "[...document.images]"
-            assert browser.run(f"{images}.length") == out.read_text().count("<picture>")
-            assert browser.run(f"{images}.every(one => one.complete && one.naturalWidth > 100)")
-            assert browser.run(f"{images}.every(one => one.alt.length > 3)")
-            shown.append(browser.run(f"{images}.map(one => one.currentSrc)"))
-            assert browser.complaints() == []
-        assert all(one != other for one, other in zip(*shown, strict=True))
-        browser.open(out, width=400)
-        assert browser.run("document.documentElement.scrollWidth <= 400")
-    finally:
-        browser.close()
+    shown = []
+    for dark in (False, True):
+        browser.open(out, dark=dark)
+        images = "[...document.images]"
+        assert browser.run(f"{images}.length") == out.read_text().count("<picture>")
+        assert browser.run(f"{images}.every(one => one.complete && one.naturalWidth > 100)")
+        assert browser.run(f"{images}.every(one => one.alt.length > 3)")
+        shown.append(browser.run(f"{images}.map(one => one.currentSrc)"))
+        assert browser.complaints() == []
+    assert all(one != other for one, other in zip(*shown, strict=True))
+    browser.open(out, width=400)
+    assert browser.run("document.documentElement.scrollWidth <= 400")
 
 
 def test_judged_of_retrieval_has_no_confusion(shards, sparse, tmp_path):

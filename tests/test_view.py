@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
 from conftest import randomise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -339,16 +338,6 @@ def test_the_command(cache, shards, run, tmp_path):
 
 
 # --- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    executable = find_browser()
-    if executable is None:
-        pytest.skip("no Chromium here; install one (Debian: chromium-headless-shell) or name it in DDE_CACHE_BROWSER")
-    opened = Browser(executable, tmp_path_factory.mktemp("browser"))
-    yield opened
-    opened.close()
 
 
 def ready(browser, path, pair=0, **options):
