@@ -202,7 +202,7 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
             family="vilt",
             weights=teacher.weights_hash(),
             config=hash_json(_configuration(teacher)),
-            tokenizer=hash_json(json.loads(processor.tokenizer.backend_tokenizer.to_str())),
+            tokenizer=hash_json(teacher.preprocessor.tokenizer_json()),
             processor=hash_json(json.loads(processor.image_processor.to_json_string())),
         ),
         rule="block-softmax, cls first, row-major patches",

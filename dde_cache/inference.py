@@ -130,13 +130,11 @@ class Student:
         """SHA-256 of what vectors and answers depend on: weights, configuration, tokenizer, image processor."""
         config = json.loads(json.dumps(self.model.config.to_dict(), default=str))
         processor = self.preprocessor.processor
-        # Truncation and padding are what the last call asked for, and are asked for at every call.
-        tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         return hash_json(
             {
                 "weights": hash_weights(self.model),
                 "config": {name: value for name, value in config.items() if name not in _UNSTABLE},
-                "tokenizer": tokenizer,
+                "tokenizer": self.preprocessor.tokenizer_json(),
                 "processor": json.loads(processor.image_processor.to_json_string()),
             }
         )

@@ -3,6 +3,7 @@
 Extraction and training go through this one module, so both see the same pixels and the same tokens.
 """
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -147,6 +148,10 @@ class Preprocessor:
             return_tensors="pt",
         )
         return TokenBatch(encoded["input_ids"], encoded["attention_mask"])
+
+    def tokenizer_json(self) -> dict[str, Any]:
+        """What the tokenizer is, without truncation and padding: those are what its last call asked for."""
+        return json.loads(self.processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, before `tokens` cuts it."""

@@ -9,8 +9,10 @@ from pipeline import make_cache, make_shards, tree
 
 from dde_cache import store
 from dde_cache.errors import CacheError, InputError
+from dde_cache.identity import ExtractConfig, target_spec
 from dde_cache.spec import Manifest
 from dde_cache.store import Cache, CacheWriter, describe_unit, read_manifest
+from dde_cache.teacher import FusionTeacher
 
 UNITS = ("000000.zarr.zip", "000001.zarr.zip", "000002.zarr.zip")
 
@@ -122,6 +124,13 @@ def test_a_damaged_manifest(folder, change, message):
     with pytest.raises(CacheError, match=message) as caught:
         Cache(folder)
     assert "manifest.json" in str(caught.value)
+
+
+def test_a_teacher_that_was_used_is_the_same_teacher(teacher_folder):
+    """A tokenizer remembers how its last call padded and cut; that is no part of what it is."""
+    fresh, used = (FusionTeacher.load(str(teacher_folder)) for _ in range(2))
+    used.preprocessor.tokens(["red", "is there a red circle"], full=True)
+    assert target_spec(used, ExtractConfig()) == target_spec(fresh, ExtractConfig())
 
 
 def test_a_manifest_with_a_false_fingerprint(folder):
