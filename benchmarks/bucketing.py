@@ -31,8 +31,9 @@ from common import (
 
 from dde_cache.batches import Batch
 from dde_cache.buckets import UnitWork
+from dde_cache.encoder import TargetEncoder
 from dde_cache.identity import ExtractConfig, target_spec
-from dde_cache.records import TargetEncoder, extraction_dataset
+from dde_cache.records import extraction_dataset
 from dde_cache.samples import EncodedImage, Sample, Text, open_shards
 from dde_cache.stream import PairTable
 from dde_cache.teacher import FusionTeacher

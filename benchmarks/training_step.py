@@ -60,7 +60,7 @@ class Turns(Objective[Any]):
         self._step += 1
         return self._way.sizes(batches)
 
-    def rows(self, batches: Sequence[Batch], sizes: Sizes) -> Mapping[str, int]:
+    def rows(self, batches: Sequence[Batch], sizes: Sizes) -> Mapping[str, float]:
         """Rows of this turn's terms."""
         return self._way.rows(batches, sizes)
 
@@ -68,7 +68,7 @@ class Turns(Objective[Any]):
         """Sums of this turn's terms."""
         return self._way.sums(model, batch, sizes)
 
-    def means(self, sums: Mapping[str, Tensor], rows: Mapping[str, int]) -> Losses:
+    def means(self, sums: Mapping[str, Tensor], rows: Mapping[str, float]) -> Losses:
         """Means of this turn's terms."""
         return self._way.means(sums, rows)
 

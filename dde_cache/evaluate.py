@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dde_cache.batches import Batch, PairDataset, check_labels, pictures_of, to_device, tokens_of, torch_device
 from dde_cache.errors import CacheError, InputError, RunError
-from dde_cache.initial import MODEL
+from dde_cache.initial import MODEL, load_student
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines, EvaluationReport
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
-from dde_cache.student import DualEncoder, DualEncoderOutput
+from dde_cache.student import DualEncoderOutput
 from dde_cache.targets import teacher_logits
 from dde_cache.tasks import Task, is_own, load_task
 from dde_cache.teacher import FusionTeacher
@@ -66,23 +66,21 @@ def load_subject(name: str, device: str = "cpu", task: str | None = None) -> Sub
 
 
 def _load_run(run: Path, device: str, task: str | None) -> Subject:
+    student, preprocessor = load_student(run)
     try:
-        student = DualEncoder.from_pretrained(run / MODEL).to(device)
         baselines = Baselines.model_validate_json((run / BASELINES).read_text())
     except (OSError, ValueError, ValidationError) as error:
         raise RunError(
-            f"{run}: expected a run with a saved model, but it cannot be read ({str(error).splitlines()[0]}); go on "
-            "with `dde-cache train ... --resume`"
+            f"{run / BASELINES}: expected what a run keeps of its training labels, but it cannot be read "
+            f"({str(error).splitlines()[0]}); go on with `dde-cache train ... --resume`"
         ) from error
-    shape = student.config.vilt()
-    preprocessor = Preprocessor.load(run / MODEL, shape.patch_size, shape.max_position_embeddings)
     labels = tuple(student.config.id2label[number] for number in range(student.config.num_labels))
     trained = str(student.config.task)
     if task is None and is_own(trained):
         raise RunError(f"{run}: trained for a task of its own, {trained}; pass --task {trained} to run that code")
     if task is not None and task != trained:
         raise RunError(f"{run}: expected --task {trained}, for which it was trained, got {task}")
-    return Subject(str(run), load_task(trained), output_of(student), preprocessor, labels, baselines)
+    return Subject(str(run), load_task(trained), output_of(student.to(device)), preprocessor, labels, baselines)
 
 
 def evaluate(

@@ -14,7 +14,8 @@ from pydantic import Field
 from dde_cache.batches import PairDataset, torch_device
 from dde_cache.configs import resolve_config
 from dde_cache.distill import TrainConfig
-from dde_cache.errors import CacheError, InputError, RunError, bullet_list
+from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.initial import load_student
 from dde_cache.join import join
 from dde_cache.pages import data_element, fill_page, json_text, read_part
 from dde_cache.preprocess import Preprocessor
@@ -26,7 +27,6 @@ from dde_cache.store import Cache, write_text
 from dde_cache.stream import Pair, PairTable
 from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
-from dde_cache.train import MODEL
 from dde_cache.views import parse_recipe
 
 Order = Literal["keys", "divergence", "kept mass", "spread"]
@@ -181,18 +181,10 @@ def _check(cache: Cache, choice: Choice) -> None:
 
 def _load(run: Path, device: str) -> _Student:
     target = torch_device(device)
-    try:
-        model = DualEncoder.from_pretrained(run / MODEL).to(target).eval()
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{run}: expected a run with a saved model, but it cannot be read ({str(error).splitlines()[0]}); go on "
-            "with `dde-cache train ... --resume`"
-        ) from error
-    shape = model.config.vilt()
-    preprocessor = Preprocessor.load(run / MODEL, shape.patch_size, shape.max_position_embeddings)
+    model, preprocessor = load_student(run)
     layer = resolve_config(TrainConfig, run / CONFIG).layer if (run / CONFIG).is_file() else None
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    return _Student(model, preprocessor, labels, layer)
+    return _Student(model.to(target).eval(), preprocessor, labels, layer)
 
 
 def _layer(cache: Cache, choice: Choice, student: _Student | None) -> int:

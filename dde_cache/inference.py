@@ -19,25 +19,22 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dde_cache.batches import torch_device
-from dde_cache.errors import InputError, RunError, TeacherError, bullet_list
+from dde_cache.errors import InputError, RunError, bullet_list
 from dde_cache.images import EncodedImage, to_rgb
+from dde_cache.initial import load_student
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import hash_json
 from dde_cache.student import DualEncoder
 from dde_cache.teacher import hash_weights
-from dde_cache.train import MODEL
 
 Picture = str | Path | EncodedImage | Image.Image
 """A file's path, encoded bytes, or an opened picture."""
 
 _UNSTABLE = ("transformers_version", "_name_or_path", "architectures", "dtype")
 """Fields of a configuration that depend on the library's version or on where the model lay."""
-
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -72,31 +69,7 @@ class Student:
             InputError: there is no such device.
         """
         torch_device(device)
-        path = Path(folder)
-        path = path / MODEL if (path / MODEL).is_dir() else path
-        if not (path / "config.json").is_file():
-            raise RunError(
-                f"{folder}: expected a run of `dde-cache train` with a saved student in {MODEL}/, found none; name the "
-                "run's folder, or go on with `dde-cache train ... --resume` where it was cut short"
-            )
-        try:
-            kind = json.loads((path / "config.json").read_bytes()).get("model_type")
-            if kind != DualEncoder.config_class.model_type:
-                raise ValueError(f"expected model_type {DualEncoder.config_class.model_type}, got {kind!r:.50}")
-            model, report = DualEncoder.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True)
-            shape = model.config.vilt()
-            preprocessor = Preprocessor.load(path, shape.patch_size, shape.max_position_embeddings)
-        except (*_UNREADABLE, TeacherError) as error:
-            raise RunError(
-                f"{folder}: expected a student of `dde-cache train`, but it cannot be read: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        lost = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-        if lost:
-            raise RunError(
-                f"{folder}: expected all weights of a student, but {len(lost)} tensors are missing or of another "
-                f"shape, for example {lost[0]}; copy {path} again from where it was trained"
-            )
+        model, preprocessor = load_student(folder)
         return cls(model.to(device), preprocessor, str(folder))
 
     @property

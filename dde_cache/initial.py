@@ -1,5 +1,6 @@
 """What a student starts from: random weights, a ViLT checkpoint, or a run of ours."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,13 @@ from torch import nn
 from transformers import ViltConfig
 
 from dde_cache.errors import RunError, TeacherError, bullet_list
+from dde_cache.preprocess import Preprocessor
 from dde_cache.student import DualEncoder, Head, new_student, student_from_vilt
 
 MODEL = "model"
 """Folder of a run that holds its student."""
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 _SHAPE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
@@ -73,7 +77,7 @@ def student_from_run(run: str, tower: ViltConfig, labels: Sequence[str], dropout
     Raises:
         RunError: the run's student cannot be read, or its towers have another architecture than the teacher's.
     """
-    source = _saved(run)
+    source = _student_of(run)
     shape = source.config.vilt()
     wrong = [
         f"{name}: expected {getattr(tower, name)}, got {getattr(shape, name)}"
@@ -95,7 +99,7 @@ def announced(run: str, head: Head) -> str:
     Raises:
         RunError: the run's student cannot be read.
     """
-    source = _saved(run)
+    source = _student_of(run)
     taken, new = _parts(source, new_student(source.config.vilt(), ("new",), 0.0, head))
     return f"from {run}: {_listed(taken)}; new: {_listed(new)}"
 
@@ -112,9 +116,37 @@ def _parts(source: nn.Module, student: nn.Module) -> tuple[list[str], list[str]]
     return taken, [part for part in wanted if part not in taken]
 
 
-def _saved(run: str) -> DualEncoder:
+def _student_of(run: str) -> DualEncoder:
+    return load_student(run)[0]
+
+
+def load_student(folder: str | Path) -> tuple[DualEncoder, Preprocessor]:
+    """The student of a run of `dde-cache train`, and its processor: the run's folder, or its `model` folder alone.
+
+    Raises:
+        RunError: no student is there, or its weights or processor are missing or damaged.
+    """
+    path = Path(folder)
+    path = path / MODEL if (path / MODEL).is_dir() else path
+    if not (path / "config.json").is_file():
+        raise RunError(
+            f"{folder}: expected a run of `dde-cache train` with a saved student in {MODEL}/, found none; name the "
+            "run's folder, or go on with `dde-cache train ... --resume` where it was cut short"
+        )
     try:
-        return DualEncoder.from_pretrained(Path(run) / MODEL)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        kind = json.loads((path / "config.json").read_bytes()).get("model_type")
+        if kind != DualEncoder.config_class.model_type:
+            raise ValueError(f"expected model_type {DualEncoder.config_class.model_type}, got {kind!r:.50}")
+        model, report = DualEncoder.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True)
+        shape = model.config.vilt()
+        preprocessor = Preprocessor.load(path, shape.patch_size, shape.max_position_embeddings)
+    except (*_UNREADABLE, TeacherError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{run}: expected a run with a saved student, but it cannot be read ({first})") from error
+        raise RunError(f"{folder}: expected a student of `dde-cache train`, but it cannot be read: {first}") from error
+    lost = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if lost:
+        raise RunError(
+            f"{folder}: expected all weights of a student, but {len(lost)} tensors are missing or of another shape, "
+            f"for example {lost[0]}; copy {path} again from where it was trained"
+        )
+    return model, preprocessor

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pipeline import LABELS, make_cache, make_samples, make_shards
+from safetensors.torch import load_file, save_file
 
 from dde_cache.distill import CachedTargets, TrainConfig
 from dde_cache.errors import CacheError, InputError, RunError, TeacherError
@@ -180,7 +181,18 @@ def test_no_subject(tmp_path):
         load_subject(str(tmp_path / "nowhere"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "baselines.json").write_text("{}")
-    with pytest.raises(RunError, match="expected a run with a saved model"):
+    with pytest.raises(RunError, match="expected a run of `dde-cache train` with a saved student"):
         load_subject(str(tmp_path / "run"))
     with pytest.raises(InputError, match="expected --device"):
         load_subject("sample", "toaster")
+
+
+def test_a_student_that_lacks_weights_is_not_scored(train_shards, teacher_folder, tmp_path):
+    """The library would fill the gap with random numbers, and the figures would be those of chance."""
+    folder, targets = tmp_path / "run", CachedTargets(make_cache(train_shards, teacher_folder, tmp_path / "cache"))
+    train(train_shards, targets, folder, TrainConfig(steps=1, batch_size=4, workers=0))
+    weights = load_file(folder / "model" / "model.safetensors")
+    weights.pop("head.3.weight")
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"1 tensors are missing .*head\.3\.weight"):
+        load_subject(str(folder))

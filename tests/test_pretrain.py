@@ -418,7 +418,7 @@ def test_a_damaged_run_is_refused(labelled, done, tmp_path):
     (broken / "model" / "model.safetensors").write_bytes(b"no")
     ended = cli("train", shards[0].path.parent, "--targets", cache.folder, "--out", tmp_path / "x", "--init", broken)
     assert ended.code == 1
-    assert "expected a run with a saved student" in ended.message
+    assert "expected a student of `dde-cache train`" in ended.message
 
 
 # What is refused.

@@ -314,7 +314,7 @@ def test_what_cannot_be_shown_is_said(cache, sparse, shards, tmp_path):
     ):
         with pytest.raises(InputError, match=match):
             view(sparse, shards, tmp_path / "no.html", choice)
-    with pytest.raises(RunError, match="expected a run with a saved model"):
+    with pytest.raises(RunError, match="expected a run of `dde-cache train` with a saved student"):
         view(cache, shards, tmp_path / "no.html", Choice(), run=tmp_path)
     subset(cache, tmp_path / "part", Selection(fields=("predictions",)))
     with pytest.raises(CacheError, match="predictions alone"):
