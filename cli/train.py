@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import typer
 from rich.markup import escape
 
@@ -166,10 +167,13 @@ def _settings(
     stage: str, config: Path | None, set_: list[str], preset: str | None, given: Mapping[str, Any]
 ) -> TrainConfig:
     """Options over assignments over the file over what the task and the preset begin with."""
-    if given["steps"] is not None and given["epochs"] is not None:
+    said = {one.partition("=")[0].strip() for one in set_} | {
+        name for name, value in given.items() if value is not None
+    }
+    if {"steps", "epochs"} <= said:
         raise InputError("expected --steps or --epochs, got both")
-    if given["steps"] is not None:
-        set_ = [*set_, "epochs=null"]
+    if "steps" in said:
+        set_ = [*set_, "epochs=null"]  # those of a file
     if stage == "pretrain":
         return resolve_config(PretrainConfig, config, set_, **given)
     given = {name: value for name, value in given.items() if name != "passes"}
@@ -201,7 +205,7 @@ def _targets(
     if targets is not None:
         policy: OnMissing = "skip" if on_missing == "skip" else "error"
         return CachedTargets(open_(targets), policy)
-    loaded = FusionTeacher.load(str(teacher))
+    loaded = FusionTeacher.load(str(teacher), device="cuda" if torch.cuda.is_available() else "cpu")
     layer = loaded.layers - 1 if settings.layer is None else settings.layer
     if layer >= loaded.layers:
         raise InputError(f"expected layer up to {loaded.layers - 1} for this teacher, got {layer}")

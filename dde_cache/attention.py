@@ -54,8 +54,13 @@ def query_rows(attention: Attention, position: Int[Tensor, "b n"]) -> Attention:
     return attention.gather(2, position[:, None, :, None].expand(-1, heads, -1, keys))
 
 
-def mean_over_heads(attention: Attention, keys: int) -> Float[Tensor, "b 1 q k"]:
-    """The mean of the heads' rows on an axis of `keys` positions; of sparse rows every key must have been kept."""
+def mean_over_heads(attention: Attention, keys: int) -> Attention:
+    """The mean of the heads' rows on an axis of `keys` positions; of sparse rows every key must have been kept.
+
+    Rows that are a mean already come back as they are, with the tail mass of sparse ones.
+    """
+    if (attention.weight if isinstance(attention, SparseAttention) else attention).shape[1] == 1:
+        return attention
     rows = densify(attention, keys) if isinstance(attention, SparseAttention) else attention
     return rows.mean(1, keepdim=True)
 

@@ -299,14 +299,16 @@ def _cached_targets(targets: CachedTargets, batch: Batch, config: DistillConfig,
 def online_targets(targets: OnlineTargets, batch: Batch, config: DistillConfig, pairs: Sequence[LayerPair]) -> Taught:
     """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one."""
     whole, hidden = config.attention == "whole" and bool(config.rows), bool(config.hidden_weight)
-    output = targets.teacher(
-        tokens_of(batch),
-        pictures_of(batch),
-        [pair.teacher for pair in pairs],
-        padded_queries=config.queries == "all",
-        whole=whole,
-        hidden=hidden,
-    )
+    # The teacher's numbers are those of an extraction: in its own precision, not the student's.
+    with torch.autocast(batch["input_ids"].device.type, enabled=False):
+        output = targets.teacher(
+            tokens_of(batch),
+            pictures_of(batch),
+            [pair.teacher for pair in pairs],
+            padded_queries=config.queries == "all",
+            whole=whole,
+            hidden=hidden,
+        )
     places = [(image, number) for image in range(targets.teacher.images) for number in range(len(pairs))]
     rows: dict[tuple[Rows, int, int], Attention] = {}
     for name in config.rows:

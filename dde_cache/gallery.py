@@ -12,8 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from dde_cache.batches import PairDataset, torch_device
-from dde_cache.configs import resolve_config
-from dde_cache.distill import TrainConfig
+from dde_cache.configs import read_yaml
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.initial import load_student
 from dde_cache.join import join
@@ -82,6 +81,7 @@ class _Student:
     preprocessor: Preprocessor
     labels: tuple[str, ...]
     layer: int | None
+    layer_map: str | None
 
 
 def view(
@@ -182,14 +182,19 @@ def _check(cache: Cache, choice: Choice) -> None:
 def _load(run: Path, device: str) -> _Student:
     target = torch_device(device)
     model, preprocessor = load_student(run)
-    layer = resolve_config(TrainConfig, run / CONFIG).layer if (run / CONFIG).is_file() else None
+    settings = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    return _Student(model.to(target).eval(), preprocessor, labels, layer)
+    return _Student(model.to(target).eval(), preprocessor, labels, settings.get("layer"), settings.get("layer_map"))
 
 
 def _layer(cache: Cache, choice: Choice, student: _Student | None) -> int:
     if choice.layer is not None:
         return choice.layer
+    if student and student.layer_map is not None:
+        raise InputError(
+            f"the run learns by the layer map {student.layer_map}, and the page shows its last block alone; pass "
+            "--layer for the teacher's layer to put beside it"
+        )
     learnt = student.layer if student else None
     if learnt is not None and learnt not in cache.spec.layers:
         raise InputError(

@@ -95,8 +95,8 @@ class Student:
 
     @property
     def compares(self) -> bool:
-        """Whether it compares vectors (task `retrieval`) rather than answers."""
-        return bool(self.model.config.head == "similarity")
+        """Whether it compares vectors (task `retrieval`, or pre-trained) rather than answers."""
+        return bool(self.model.config.head != "classes")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import ViltConfig
@@ -90,6 +91,10 @@ def student_from_run(run: str, tower: ViltConfig, labels: Sequence[str], dropout
     taken, _new = _parts(source, student)
     held = {name: tensor for name, tensor in source.state_dict().items() if name.partition(".")[0] in taken}
     student.load_state_dict(student.state_dict() | held)
+    if head.images > source.config.images:
+        # As from a ViLT checkpoint: what marks a second picture starts as what marks the first.
+        with torch.no_grad():
+            student.image_tower.token_type[1:] = student.image_tower.token_type[0]
     return student
 
 

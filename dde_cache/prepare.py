@@ -105,6 +105,11 @@ def plan_training(
     """
     if config.remap_flips and not isinstance(targets, CachedTargets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
+    if config.accumulate > 1 and task.head == "similarity" and config.hard_weight:
+        raise InputError(
+            "expected accumulate 1: pairs are contrasted with the whole batch, which must be there at once; use more "
+            "ranks, or a smaller batch"
+        )
     plan = replace(_plan(shards, targets, config, task, passes), images=_count_pictures(shards, valid, task, targets))
     if config.remap_flips and plan.images > 1:
         raise InputError("expected remap_flips with samples of one image, got two; leave it out")

@@ -69,10 +69,13 @@ class Everyone:
     own: slice
 
     @cached_property
-    def together(self) -> Bool[Tensor, "m n"]:
-        """Which pairs belong together with those of this rank: they share the picture, or the text."""
-        own_text, own_picture = self.text_id[self.own, None], self.picture_id[self.own, None]
-        return ((own_text == self.text_id) | (own_picture == self.picture_id)) & self.valid
+    def together(self) -> tuple[Bool[Tensor, "m n"], Bool[Tensor, "m n"]]:
+        """Which pictures belong to this rank's texts, and which texts to its pictures: some pair has both."""
+        text = (self.text_id[:, None] == self.text_id) & self.valid
+        picture = (self.picture_id[:, None] == self.picture_id) & self.valid
+        # Counts of pairs that have the one and the other; exact in fp32.
+        with torch.autocast(self.text.device.type, enabled=False):
+            return text[self.own].float() @ picture.float() > 0, picture[self.own].float() @ text.float() > 0
 
 
 def contrastive_sum(everyone: Everyone, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -85,10 +88,9 @@ def contrastive_sum(everyone: Everyone, scale: Float[Tensor, ""]) -> Float[Tenso
         everyone: the pairs of all ranks.
         scale: factor of the cosines, 1 / temperature.
     """
-    target = everyone.together.float()
-    target = target / target.sum(-1, keepdim=True)
-    total = torch.zeros((), device=target.device)
-    for logits in similarities(everyone, scale):
+    total = torch.zeros((), device=everyone.text.device)
+    for logits, together in zip(similarities(everyone, scale), everyone.together, strict=True):
+        target = together / together.sum(-1, keepdim=True)
         chances = logits.masked_fill(~everyone.valid, torch.finfo(torch.float32).min).log_softmax(-1)
         total = total - (target * chances).sum() / 2
     return total
@@ -112,13 +114,16 @@ def hard_negatives(everyone: Everyone, scale: Float[Tensor, ""]) -> tuple[Int[Te
         Rows of `everyone` (pictures, texts), and whether there is any.
     """
     own, ids = everyone.own, (everyone.text_id, everyone.picture_id)
-    strange = ~everyone.together & everyone.valid
+    strange = [~together & everyone.valid for together in everyone.together]
     with torch.no_grad():
         sides = similarities(everyone, scale)
     noise = gumbel(ids[0][own], ids[1]), gumbel(ids[1][own], ids[0])
     lowest = torch.finfo(torch.float32).min
-    drawn = [(side + one).masked_fill(~strange, lowest).argmax(-1) for side, one in zip(sides, noise, strict=True)]
-    return torch.stack(drawn), strange.any(-1)
+    drawn = [
+        (side + one).masked_fill(~others, lowest).argmax(-1)
+        for side, one, others in zip(sides, noise, strange, strict=True)
+    ]
+    return torch.stack(drawn), strange[0].any(-1) & strange[1].any(-1)
 
 
 def gumbel(own: Int[Tensor, " m"], others: Int[Tensor, " n"]) -> Float[Tensor, "m n"]:

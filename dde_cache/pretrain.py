@@ -70,7 +70,7 @@ def pretrain(
     ranks = Ranks()
 
     def begin() -> None:
-        about_run = inputs_of(shards, plan, targets, init) | {"stage": "pretrain"}
+        about_run = inputs_of(shards, valid, plan, targets, init) | {"stage": "pretrain"}
         open_run(out, config, resume=resume, inputs=about_run)
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 

@@ -155,9 +155,9 @@ class Seer:
                 picture, media_type = self._picture(batch, slot, row)
                 images.append(SeenImage((int(grid[0]), int(grid[1])), picture, media_type, rows))
             ids = batch["input_ids"][row, :tokens].tolist()
-            logits = batch["target.logits"][row].numpy() if "target.logits" in batch else None
+            logits = batch["target.logits"][row].cpu().numpy() if "target.logits" in batch else None
             answers = found.output.logits if found.output is not None else None
-            yield SeenPair(number, ids, images, logits, None if answers is None else answers[row].numpy())
+            yield SeenPair(number, ids, images, logits, None if answers is None else answers[row].float().cpu().numpy())
 
     def _compare(self, numbers: Sequence[int]) -> _Compared:
         batch = self._dataset.__getitems__(numbers)

@@ -107,7 +107,7 @@ def train(
     ranks = Ranks()
 
     def begin() -> None:
-        open_run(out, config, resume=resume, inputs=inputs_of(shards, plan, targets, init))
+        open_run(out, config, resume=resume, inputs=inputs_of(shards, valid, plan, targets, init))
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 
     ranks.on_first(begin)
@@ -138,7 +138,7 @@ def train(
 
 
 def inputs_of(
-    shards: Sequence[Shard], plan: TrainingPlan, targets: Targets, init: str | None
+    shards: Sequence[Shard], valid: Sequence[Shard], plan: TrainingPlan, targets: Targets, init: str | None
 ) -> dict[str, str | int | None]:
     """What a resumed run must share with its beginning, beside the settings."""
     if isinstance(targets, CachedTargets):
@@ -147,8 +147,8 @@ def inputs_of(
         source = f"teacher {targets.teacher.weights_hash()}"
     else:
         source = "labels"
-    names = hash_json([shard.name for shard in shards])
-    return {"targets": source, "init": init, "shards": names, "pairs": len(plan.table)}
+    names, held_out = (hash_json([shard.name for shard in some]) for some in (shards, valid))
+    return {"targets": source, "init": init, "shards": names, "valid": held_out, "pairs": len(plan.table)}
 
 
 def output_of(model: nn.Module) -> Callable[[Batch], DualEncoderOutput]:

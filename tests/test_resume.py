@@ -205,6 +205,11 @@ def test_epochs_are_steps_of_full_batches(shards, cache, tmp_path):
     both = cli(*command, "--out", tmp_path / "x", "--steps", 3, "--epochs", 2)
     assert both.code == 1
     assert "expected --steps or --epochs, got both" in both.message
+    run(*command, "--out", tmp_path / "four", "--set", "steps=4")
+    assert json.loads((tmp_path / "four" / "run.json").read_text())["steps"] == 4
+    other = cli(*command, "--out", tmp_path / "two", "--resume", "--valid", shards[0].path.parent)
+    assert other.code == 1
+    assert "valid" in other.message, "the best checkpoint was chosen on other data"
 
 
 def scalars(folder):

@@ -19,13 +19,13 @@ from dde_cache.distill import (
     TrainConfig,
 )
 from dde_cache.errors import CacheError, DdeCacheError, InputError, RunError, TeacherError
-from dde_cache.losses import dense_kl, log_attention, soft_label_loss
+from dde_cache.losses import dense_kl, log_attention, soft_label_loss, sparse_kl, weighted_mean
 from dde_cache.prepare import labels_only
 from dde_cache.preprocess import TokenBatch
 from dde_cache.presets import PRESETS, lacking_of_preset
 from dde_cache.store import Cache
 from dde_cache.student import new_student
-from dde_cache.targets import CacheTargets
+from dde_cache.targets import CacheTargets, decoded
 from dde_cache.teacher import FusionTeacher
 from dde_cache.train import train
 from dde_cache.vilt import capture_query_key
@@ -143,6 +143,21 @@ def test_padded_rows_of_whole_rows(student, shards, teacher, caches, heads):
     for part in ("t2i", "i2t"):
         torch.testing.assert_close(got[part], expected[part], rtol=2e-3, atol=0)
     assert relative(gradient, exactly) < 4e-3
+
+
+@pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalise"])
+def test_a_cache_of_mean_heads_keeps_its_tail_mass(student, shards, caches, tail):
+    """The two strongest keys of the mean, and what the others have together: the loss of sparse rows."""
+    cache = caches("sparse mean", k=2, weights="float32", heads="mean")
+    batch = whole_batch(shards, cache.preprocessor(), LABELS, CacheTargets(cache, shards, LAYER))
+    terms, _ = losses_and_gradients(student, TrainConfig(tail=tail), CachedTargets(cache), batch, mean_heads=True)
+    output = student(batch["input_ids"], batch["attention_mask"], batch["pixels0"], batch["grid0"])
+    query, key, mask = output.text.query_key.query, output.image.query_key.key, output.image.mask
+    held = decoded(batch, "t2i", None)
+    assert float(held.tail.max()) > 0.1
+    rows = sparse_kl(held, log_attention(query, key, mask, mean_heads=True), mask, tail)
+    expected = weighted_mean(rows, output.text.mask.float())
+    torch.testing.assert_close(terms["t2i"], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_mean_of_heads_is_compared_with_the_mean_of_heads(student, shards, teacher, caches):
