@@ -24,7 +24,7 @@ from dde_cache.student import DualEncoderOutput, TowerOutput
 from dde_cache.targets import decoded, slot_name
 from dde_cache.tasks import load_task
 from dde_cache.teacher import FusionTeacher, HiddenStates
-from dde_cache.terms import Objective, Sizes, Term
+from dde_cache.terms import Objective, Sizes, Term, pairs
 from dde_cache.vilt import image_tokens
 
 
@@ -149,7 +149,7 @@ class StudentLosses(Objective[Compared]):
             table = self._records()
             table["soft"] = Term(
                 config.soft_weight * heat**2,
-                lambda batch, _sizes: len(batch["pair"]),
+                pairs,
                 lambda compared, _batch, _sizes: task.soft_sum(
                     compared.student.logits / heat, compared.taught.logits / heat
                 ),

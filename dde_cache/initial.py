@@ -78,7 +78,7 @@ def student_from_run(run: str, tower: ViltConfig, labels: Sequence[str], dropout
     Raises:
         RunError: the run's student cannot be read, or its towers have another architecture than the teacher's.
     """
-    source = _student_of(run)
+    source, _preprocessor = load_student(run)
     shape = source.config.vilt()
     wrong = [
         f"{name}: expected {getattr(tower, name)}, got {getattr(shape, name)}"
@@ -104,7 +104,7 @@ def announced(run: str, head: Head) -> str:
     Raises:
         RunError: the run's student cannot be read.
     """
-    source = _student_of(run)
+    source, _preprocessor = load_student(run)
     taken, new = _parts(source, new_student(source.config.vilt(), ("new",), 0.0, head))
     return f"from {run}: {_listed(taken)}; new: {_listed(new)}"
 
@@ -119,10 +119,6 @@ def _parts(source: nn.Module, student: nn.Module) -> tuple[list[str], list[str]]
     wanted = [part for part in _WORDS if part in want]
     taken = [part for part in wanted if part in have and part != "head"]
     return taken, [part for part in wanted if part not in taken]
-
-
-def _student_of(run: str) -> DualEncoder:
-    return load_student(run)[0]
 
 
 def load_student(folder: str | Path) -> tuple[DualEncoder, Preprocessor]:
