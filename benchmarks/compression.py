@@ -34,18 +34,19 @@ from torch import Tensor
 from dde_cache.attention import SparseAttention, densify, sparsify
 from dde_cache.batches import PairDataset
 from dde_cache.codec import EncodedDense, EncodedSparse, decode, encode, encode_dense
-from dde_cache.distill import CachedTargets, StudentLosses, TrainConfig, decoded, student_output
+from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.importers.shapes import shapes
 from dde_cache.join import join
 from dde_cache.losses import dense_kl, log_attention, sparse_kl, weighted_mean
 from dde_cache.prepare import labels_only
 from dde_cache.samples import Shard, open_shards
+from dde_cache.sources import CachedTargets
 from dde_cache.spec import Weights
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, BatchOrder, Shuffle
 from dde_cache.student import DualEncoder, new_student
-from dde_cache.targets import CacheTargets
+from dde_cache.targets import CacheTargets, decoded
 from dde_cache.write_shards import write_shards
 
 CELLS = 10

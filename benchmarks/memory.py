@@ -20,9 +20,10 @@ from pathlib import Path
 
 from common import TINY, arguments, pictures_with_questions, print_machine, print_ratio, save_teacher
 
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.samples import open_shards
+from dde_cache.sources import CachedTargets
 from dde_cache.store import Cache
 from dde_cache.train import train
 

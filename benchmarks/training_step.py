@@ -29,11 +29,12 @@ from common import TINY, VILT_B32, arguments, pictures_with_questions, print_mac
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch, PairDataset, batch_loader
-from dde_cache.distill import CachedTargets, OnlineTargets, StudentLosses, Targets, TrainConfig
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.fit import Fit, Progress
 from dde_cache.prepare import labels_only
 from dde_cache.samples import Shard, open_shards
+from dde_cache.sources import CachedTargets, OnlineTargets, Targets
 from dde_cache.store import Cache
 from dde_cache.stream import BatchOrder, PairTable
 from dde_cache.student import new_student

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from dde_cache.configs import resolve_config
-from dde_cache.distill import CachedTargets, OnlineTargets, Targets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.initial import announced, is_run
@@ -23,6 +23,7 @@ from dde_cache.pretraining import PretrainConfig
 from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
+from dde_cache.sources import CachedTargets, OnlineTargets, Targets
 from dde_cache.store import Cache
 from dde_cache.student import Head
 from dde_cache.tasks import load_task

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import InputError
 from dde_cache.evaluate import evaluate, load_subject
 from dde_cache.extract import ExtractConfig, ExtractProgress, ExtractSummary, extract
@@ -20,6 +20,7 @@ from dde_cache.importers.shapes import shapes_source
 from dde_cache.prepare import labels_only
 from dde_cache.samples import Shard, open_shards
 from dde_cache.scores import EvaluationReport
+from dde_cache.sources import CachedTargets
 from dde_cache.spec import Model
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable

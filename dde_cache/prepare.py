@@ -9,21 +9,13 @@ from transformers import ViltConfig
 
 from dde_cache.batches import check_labels
 from dde_cache.choices import check_blocks
-from dde_cache.distill import (
-    PROJECTIONS,
-    CachedTargets,
-    LabelsOnly,
-    OnlineTargets,
-    Targets,
-    TrainConfig,
-    images_of,
-    layers_of,
-)
+from dde_cache.distill import PROJECTIONS, TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.join import join
 from dde_cache.passes import RECIPES, PassName, ordered
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets, images_of, layers_of
 from dde_cache.spec import TargetSpec
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dde_cache.choices import SAME
-from dde_cache.distill import CachedTargets, Targets
 from dde_cache.errors import InputError
 from dde_cache.replay import lacking_views
+from dde_cache.sources import CachedTargets, Targets
 from dde_cache.tasks import load_task
 from dde_cache.views import AS_PROCESSED
 

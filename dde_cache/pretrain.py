@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size
-from dde_cache.distill import CachedTargets, Targets
 from dde_cache.fit import Fit, Progress
 from dde_cache.initial import MODEL, build_student
 from dde_cache.passes import RECIPES, PassName
@@ -22,6 +21,7 @@ from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
+from dde_cache.sources import CachedTargets, Targets
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
 from dde_cache.student import Head

@@ -11,15 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dde_cache.batches import Batch
-from dde_cache.distill import (
-    PROJECTIONS,
-    CachedTargets,
-    LabelsOnly,
-    StudentLosses,
-    Targets,
-    TrainConfig,
-    student_output,
-)
+from dde_cache.distill import PROJECTIONS, StudentLosses, TrainConfig, student_output
 from dde_cache.passes import RECIPES, UNMASKED, PassName, of_pass, ordered
 from dde_cache.pretext import (
     MATCHING_ROWS,
@@ -32,6 +24,7 @@ from dde_cache.pretext import (
     word_logits,
 )
 from dde_cache.ranks import Ranks
+from dde_cache.sources import CachedTargets, LabelsOnly, Targets
 from dde_cache.student import DualEncoderOutput
 from dde_cache.terms import Objective, Sizes, Term, pairs
 

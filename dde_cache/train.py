@@ -12,14 +12,7 @@ from torch import nn
 
 from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
-from dde_cache.distill import (
-    CachedTargets,
-    OnlineTargets,
-    StudentLosses,
-    Targets,
-    TrainConfig,
-    student_output,
-)
+from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
 from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
@@ -28,6 +21,7 @@ from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
+from dde_cache.sources import CachedTargets, OnlineTargets, Targets
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share

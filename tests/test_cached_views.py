@@ -18,7 +18,7 @@ from dde_cache.arrays import UnitArrays
 from dde_cache.audit import audit
 from dde_cache.batches import PairDataset, batch_loader
 from dde_cache.codec import dense_rows, from_parts
-from dde_cache.distill import CachedTargets, OnlineTargets, StudentLosses, TrainConfig
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.drift import PixelHashes
 from dde_cache.errors import CacheError, InputError, PixelDrift, PixelDriftWarning
 from dde_cache.extract import ExtractConfig, extract, plan_extraction
@@ -28,6 +28,7 @@ from dde_cache.merge import merge
 from dde_cache.presets import lacking_of_preset
 from dde_cache.repair import repair
 from dde_cache.replay import order_in_views
+from dde_cache.sources import CachedTargets, OnlineTargets
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
 from dde_cache.student import new_student

@@ -8,11 +8,12 @@ import torch
 from pipeline import LABELS, make_cache, make_samples, make_shards
 from safetensors.torch import load_file, save_file
 
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import CacheError, InputError, RunError, TeacherError
 from dde_cache.evaluate import evaluate, load_subject
 from dde_cache.samples import Sample, Text
 from dde_cache.scores import Baselines, Predictions, accuracy, report
+from dde_cache.sources import CachedTargets
 from dde_cache.store import Cache
 from dde_cache.train import train
 

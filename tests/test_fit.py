@@ -7,11 +7,12 @@ import pytest
 import torch
 from pipeline import make_cache, make_shards, tree
 
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import RunError
 from dde_cache.fit import Fit, Progress
 from dde_cache.optimizer import rate_at
 from dde_cache.runs import FitConfig, open_run
+from dde_cache.sources import CachedTargets
 from dde_cache.student import DualEncoder
 from dde_cache.tasks import SingleLabel
 from dde_cache.terms import Objective, Term

@@ -361,8 +361,9 @@ def test_the_golden_caches_can_be_trained_on_in_part():
 
 
 def test_attention_of_one_direction_is_not_trained_on_as_if_there_were_both(tmp_path):
-    from dde_cache.distill import CachedTargets, TrainConfig
+    from dde_cache.distill import TrainConfig
     from dde_cache.samples import Shard
+    from dde_cache.sources import CachedTargets
     from dde_cache.train import train
 
     whole = Cache(GOLDEN / "one-way")

@@ -11,10 +11,11 @@ from pipeline import all_pairs, cli, make_cache, make_shards
 
 from dde_cache.batches import PairDataset
 from dde_cache.codec import dense_rows, from_parts, part_names
-from dde_cache.distill import CachedTargets, LabelsOnly, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import InputError
 from dde_cache.mirror import mirror_maps, mirrored_order
 from dde_cache.replay import order_in_views
+from dde_cache.sources import CachedTargets, LabelsOnly
 from dde_cache.stream import Pair, PairTable
 from dde_cache.targets import CacheTargets
 from dde_cache.train import train

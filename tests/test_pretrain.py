@@ -19,7 +19,7 @@ from transformers import ViltForImagesAndTextClassification
 
 from dde_cache.batches import PairDataset
 from dde_cache.configs import resolve_config
-from dde_cache.distill import CachedTargets, LabelsOnly, OnlineTargets, StudentLosses, TrainConfig
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.errors import CacheError, InputError, RunError
 from dde_cache.fit import Progress
 from dde_cache.inference import Student
@@ -37,6 +37,7 @@ from dde_cache.pretext import (
 from dde_cache.pretrain import pretrain
 from dde_cache.pretraining import PretrainConfig, PretrainLosses, passes_of
 from dde_cache.ranks import Ranks
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets
 from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder, Head, new_student
 from dde_cache.targets import CacheTargets

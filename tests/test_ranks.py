@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from pipeline import LABELS, Child, cli, make_cache, make_samples, make_shards, wait_for, whole_batch
 from safetensors.torch import load_file
 
-from dde_cache.distill import CachedTargets, LabelsOnly, OnlineTargets, StudentLosses, TrainConfig
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.errors import RunError
 from dde_cache.fit import Fit
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets
 from dde_cache.stream import BatchOrder, PairTable, Share, Shuffle
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets

@@ -12,9 +12,10 @@ from pipeline import make_cache, make_shards
 from typer.main import get_command
 
 from dde_cache.configs import resolve_config
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.presets import PRESETS
 from dde_cache.pretraining import PretrainConfig
+from dde_cache.sources import CachedTargets
 from dde_cache.train import train
 
 FOLDER = Path(__file__).parent.parent / "recipes"

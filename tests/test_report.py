@@ -29,11 +29,12 @@ from dde_cache.compare import (
     settings_table,
     thinned,
 )
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import InputError, RunError
 from dde_cache.evaluate import evaluate, load_subject
 from dde_cache.figures import line_chart
 from dde_cache.sheet import write_report
+from dde_cache.sources import CachedTargets
 from dde_cache.train import train
 
 QUICK = {"steps": 4, "batch_size": 4, "workers": 0, "log_every": 1}

@@ -11,9 +11,10 @@ from pipeline import all_pairs, cli, make_cache, make_samples, make_shards, tree
 from transformers import ViltModel
 
 from dde_cache.codec import dense_rows
-from dde_cache.distill import CachedTargets, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import CacheError, InputError
 from dde_cache.merge import merge
+from dde_cache.sources import CachedTargets
 from dde_cache.spec import Group
 from dde_cache.store import Cache
 from dde_cache.subset import Selection, subset

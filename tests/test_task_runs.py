@@ -15,10 +15,11 @@ from conftest import randomise, vilt_config
 from pipeline import LABELS, changed, cli, make_cache, make_samples, make_shards, whole_batch
 
 from dde_cache.batches import PairDataset
-from dde_cache.distill import CachedTargets, StudentLosses, TrainConfig
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.errors import InputError, RunError
 from dde_cache.evaluate import load_subject
 from dde_cache.presets import task_settings
+from dde_cache.sources import CachedTargets
 from dde_cache.stream import PairTable
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets

@@ -11,18 +11,13 @@ from conftest import TEXT_LENGTH, randomise, vilt_config
 from pipeline import LABELS, make_cache, make_samples, make_shards, tree, whole_batch
 
 from dde_cache.attention import block_softmax
-from dde_cache.distill import (
-    CachedTargets,
-    LabelsOnly,
-    OnlineTargets,
-    StudentLosses,
-    TrainConfig,
-)
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.errors import CacheError, DdeCacheError, InputError, RunError, TeacherError
 from dde_cache.losses import dense_kl, log_attention, soft_label_loss, sparse_kl, weighted_mean
 from dde_cache.prepare import labels_only
 from dde_cache.preprocess import TokenBatch
 from dde_cache.presets import PRESETS, lacking_of_preset
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets
 from dde_cache.store import Cache
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets, decoded

@@ -10,11 +10,12 @@ from pipeline import all_pairs, cli, make_cache, make_samples, make_shards, png,
 from transformers import ViltForImagesAndTextClassification, ViltModel
 
 from dde_cache.batches import pictures_of, tokens_of
-from dde_cache.distill import CachedTargets, LabelsOnly, OnlineTargets, StudentLosses, TrainConfig
+from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.errors import CacheError, InputError
 from dde_cache.evaluate import evaluate, load_subject
 from dde_cache.losses import dense_kl, log_attention
 from dde_cache.samples import Sample
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets
 from dde_cache.student import Head, new_student, student_from_vilt
 from dde_cache.targets import CacheTargets
 from dde_cache.teacher import FusionTeacher

@@ -15,11 +15,12 @@ from pipeline import all_pairs, changed, cli, make_cache, make_samples, make_sha
 from test_two_images import pairs_of_pictures
 from transformers import ViltForImagesAndTextClassification
 
-from dde_cache.distill import CachedTargets, TrainConfig, student_output
+from dde_cache.distill import TrainConfig, student_output
 from dde_cache.errors import CacheError, InputError, RunError
 from dde_cache.gallery import Choice, joined_words, view
 from dde_cache.losses import attention_kl, log_attention
 from dde_cache.pages import fill_page, json_text
+from dde_cache.sources import CachedTargets
 from dde_cache.student import DualEncoder
 from dde_cache.subset import Selection, subset
 from dde_cache.targets import CacheTargets, decoded
