@@ -124,7 +124,7 @@ def _plan(
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
-        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, mean_heads)
+        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, PairTable.of(shards), None, mean_heads)
     cache, spec = targets.cache, targets.cache.spec
     layers = [pair.teacher for pair in layers_of(targets, config)]
     lacking = _lacking_records(spec, config, layers) if config.reads_records else []
