@@ -14,15 +14,16 @@ from torch import nn
 from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
 from dde_cache.distill import StudentLosses, TrainConfig, student_output
+from dde_cache.files import replaced_folder
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
-from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
+from dde_cache.prepare import TrainingPlan, exported, fit_student, likeness, plan_training
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
-from dde_cache.sources import CachedTargets, OnlineTargets, Targets
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
@@ -172,8 +173,9 @@ def follow(
     ranks.on_first(begin)
 
     def save(_model: nn.Module) -> None:
-        student.save_pretrained(out / MODEL, state_dict=exported(student))
-        plan.preprocessor.save(out / MODEL)
+        with replaced_folder(out / MODEL) as folder:
+            student.save_pretrained(folder, state_dict=exported(student))
+            plan.preprocessor.save(folder)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:
         sides = 1 + config.remap_flips
@@ -200,7 +202,8 @@ def inputs_of(
     else:
         source = "labels"
     names, held_out = (hash_json([shard.name for shard in some]) for some in (shards, valid))
-    return {"targets": source, "init": init, "shards": names, "valid": held_out, "pairs": len(plan.table)}
+    inputs = {"targets": source, "init": init, "shards": names, "valid": held_out, "pairs": len(plan.table)}
+    return inputs | ({"like": likeness(targets)} if isinstance(targets, LabelsOnly) else {})
 
 
 def output_of(model: nn.Module) -> Callable[[Batch], DualEncoderOutput]:
