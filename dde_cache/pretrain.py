@@ -21,7 +21,7 @@ from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
-from dde_cache.sources import CachedTargets, Targets
+from dde_cache.sources import Targets, caches_of
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
 from dde_cache.student import Head
@@ -63,8 +63,8 @@ def pretrain(
     student = build_student(plan.tower, (), config.dropout, init, Head("pretraining", 1, EVALUATED))
     fit_student(student, targets, config, plan)
     check_batch_size(plan.table, config.batch_size)
-    if isinstance(targets, CachedTargets):
-        check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
+    for one in caches_of(targets):
+        check_first_views(one.cache, shards, plan.table, config, allow_drift=one.allow_pixel_drift)
     dataset = _dataset(shards, plan, config, targets, passes)
     config = with_steps(config, len(plan.table))
     ranks = Ranks()
@@ -113,7 +113,8 @@ def _dataset(
     beside: list[PassName] = ["masked"] if config.language_weight or "masked" in passes else []
     beside += ["negative"] if "negative" in passes else []
     known: dict[str, PassName] = {recipe: name for name, recipe in RECIPES.items()}
-    held = targets.cache.spec.passes if isinstance(targets, CachedTargets) else (RECIPES["matched"],)
+    caches = caches_of(targets)
+    held = caches[0].cache.spec.passes if caches else (RECIPES["matched"],)
     # What a cache calls by a name that is not known has a number, but is not read.
     names: list[PassName] = [known.get(recipe, "matched") for recipe in held]
     return PairDataset(
