@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
-from dde_cache.distill import StudentLosses, TrainConfig, student_output
+from dde_cache.distill import TrainConfig, student_output
 from dde_cache.files import replaced_folder
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
@@ -23,7 +24,8 @@ from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
-from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets
+from dde_cache.several import losses_of, source_of
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, SeveralTargets, Targets, caches_of
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
@@ -47,7 +49,7 @@ class RunRecord(Model):
     shards: str
     valid: str | None
     targets: str
-    cache_fingerprint: str | None
+    cache_fingerprint: str | None = Field(description="of several caches all, with commas; null without a cache")
     init: str | None
     preset: str | None
     labels: tuple[str, ...]
@@ -107,7 +109,7 @@ def train(
         plan=plan,
         model=student,
         student=student,
-        objective=StudentLosses(config, targets, plan.mean_heads),
+        objective=losses_of(config, targets, plan.mean_heads),
         dataset=dataset,
         score=lambda: task.score(task.predict(output_of(student), held_out)),
     )
@@ -160,8 +162,8 @@ def follow(
     """
     plan, student, ranks = course.plan, course.student, Ranks()
     check_batch_size(plan.table, config.batch_size)
-    if isinstance(targets, CachedTargets):
-        check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
+    for one in caches_of(targets):
+        check_first_views(one.cache, shards, plan.table, config, allow_drift=one.allow_pixel_drift)
     config = with_steps(config, len(plan.table))
 
     def begin() -> None:
@@ -197,6 +199,8 @@ def inputs_of(
     """What a resumed run must share with its beginning, beside the settings."""
     if isinstance(targets, CachedTargets):
         source = f"cache {targets.cache.manifest.fingerprint}"
+    elif isinstance(targets, SeveralTargets):
+        source = source_of(targets)
     elif isinstance(targets, OnlineTargets):
         source = f"teacher {targets.teacher.weights_hash()}"
     else:
@@ -228,7 +232,7 @@ def record_of(
         shards=about.get("shards") or "",
         valid=about.get("valid"),
         targets=about.get("targets") or "",
-        cache_fingerprint=targets.cache.manifest.fingerprint if isinstance(targets, CachedTargets) else None,
+        cache_fingerprint=", ".join(one.cache.manifest.fingerprint for one in caches_of(targets)) or None,
         init=about.get("init"),
         preset=about.get("preset"),
         labels=tuple(course.plan.labels),

@@ -18,10 +18,10 @@ ORDER = (
     "streamed", "hub", "objects", "share", "staging", "subset", "merge", "checkpoint", "teacher", "student", "initial",
     "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms", "encoder", "records",
     "buckets", "ranks", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices",
-    "sources", "distill", "pretraining", "presets", "teach", "identity", "plan", "extract", "recompute", "verify",
-    "repair", "summary", "importers", "prepare", "train", "pretrain", "evaluate", "seen", "gallery", "figures",
-    "compare", "sheet", "doctor", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict",
-    "search", "export", "demo",
+    "sources", "distill", "several", "pretraining", "presets", "teach", "identity", "plan", "extract", "recompute",
+    "verify", "repair", "summary", "importers", "asked", "prepare", "train", "pretrain", "evaluate", "seen", "gallery",
+    "figures", "compare", "sheet", "doctor", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed",
+    "predict", "search", "export", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
