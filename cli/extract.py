@@ -26,7 +26,7 @@ MAX_K = 32
 
 def extract(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of shards."),
-    teacher: str = typer.Option(..., help="ViLT checkpoint: folder, hub id, or `sample`."),
+    teacher: str = typer.Option(..., help="Checkpoint of a fusion encoder: folder, hub id, or `sample`."),
     out: Path = typer.Option(..., help="Folder of the cache; an unfinished one is continued."),
     config: Path | None = typer.Option(None, help="YAML file of settings."),
     k: str | None = typer.Option(None, help="Keep the K strongest keys a row, or `all`, as log8. Default: sqrt8."),
@@ -41,6 +41,9 @@ def extract(
         help="cross (attention over the other modality), and perhaps whole and hidden, with commas. Default cross.",
     ),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas. Default: the last."),
+    predictions: bool | None = typer.Option(
+        None, "--predictions/--no-predictions", help="Keep the teacher's logits, where it has a head. Default: keep."
+    ),
     heads: str | None = typer.Option(None, help="all or mean. Default all."),
     queries: str | None = typer.Option(None, help="valid, or all (the published recipe's padded rows too)."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16: in which the teacher runs."),
@@ -76,6 +79,7 @@ def extract(
         layers=layer_numbers(layers),
         weights=weights,
         steps=sqrt_steps,
+        predictions=predictions,
         heads=heads,
         queries=queries,
         dtype=dtype,

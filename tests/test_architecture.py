@@ -99,7 +99,7 @@ def test_who_knows_what():
         "official.py",  # pictures of data sets in a tar
     }
     vilt = {"vilt.py", "student.py", "teach.py", "preprocess.py"}
-    shape_alone = {"sources.py", "initial.py", "prepare.py", "checkpoint.py", "teacher.py"}
+    shape_alone = {"sources.py", "initial.py", "prepare.py", "checkpoint.py", "teacher.py", "contract.py"}
     assert users_of(lambda name: "transformers" in name and "vilt" in name.lower()) <= vilt | shape_alone
     assert users_of(lambda name: name.startswith("transformers.Vilt") and name != "transformers.ViltConfig") <= vilt
     assert users_of(lambda name: name.split(".")[0] == "zarr") <= {"arrays.py"}
