@@ -70,7 +70,8 @@ class Commands(TyperGroup):
             errors.print("(A training run goes on with --resume.)", highlight=False)
             raise typer.Exit(130) from stop
         except DdeCacheError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            # A path that is wrapped in its middle cannot be copied: the terminal breaks lines, not we.
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except OSError as error:
             if error.errno not in _DISK + _PLACE:

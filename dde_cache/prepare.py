@@ -131,6 +131,11 @@ def plan_training(
     """
     if config.remap_flips and not caches_of(targets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
+    if task.head == "similarity" and config.head_learning_rate_factor != 1:
+        raise InputError(
+            f"expected head_learning_rate_factor 1 for task {config.task}, whose students have no task head, got "
+            f"{config.head_learning_rate_factor:g}"
+        )
     if config.accumulate > 1 and task.head == "similarity" and config.hard_weight:
         raise InputError(
             "expected accumulate 1: pairs are contrasted with the whole batch, which must be there at once; use more "
