@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +22,8 @@ from dde_cache.pretraining import PretrainConfig
 from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
-from dde_cache.sources import CachedTargets, OnlineTargets, Targets
+from dde_cache.several import is_teachers_file, read_teachers
+from dde_cache.sources import CachedTargets, OnlineTargets, Targets, drift_allowed
 from dde_cache.store import Cache
 from dde_cache.student import Head
 from dde_cache.tasks import load_task
@@ -40,7 +40,9 @@ NONE = "none"
 def train(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of training shards."),
     out: Path = typer.Option(..., help="Folder of the run; new or empty, but with --resume."),
-    targets: str | None = typer.Option(None, help="Cache of targets (folder or URL), or `none` for labels only."),
+    targets: str | None = typer.Option(
+        None, help="Cache of targets (folder or URL), YAML file of several, or `none` for labels only."
+    ),
     teacher: str | None = typer.Option(None, help="Run this teacher at every step instead of reading a cache."),
     like: str | None = typer.Option(
         None, help="With --targets none: cache or teacher whose processor, answers and tower shape are taken."
@@ -113,8 +115,8 @@ def train(
     settings = _settings(stage, config, set_, preset, given)
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
-    if allow_pixel_drift and isinstance(chosen, CachedTargets):
-        chosen = replace(chosen, allow_pixel_drift=True)
+    if allow_pixel_drift:
+        chosen = drift_allowed(chosen)
     notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init)]
     if init is not None and is_run(init):
         notes.append(escape(announced(init, _head(settings))))
@@ -217,6 +219,8 @@ def _targets(
         return labels_only(open_(like) if is_url(like) else like)
     if targets is not None:
         policy: OnMissing = "skip" if on_missing == "skip" else "error"
+        if is_teachers_file(targets):
+            return read_teachers(Path(targets), open_, policy)
         return CachedTargets(open_(targets), policy)
     loaded = FusionTeacher.load(str(teacher), device="cuda" if torch.cuda.is_available() else "cpu")
     layer = loaded.layers - 1 if settings.layer is None else settings.layer
