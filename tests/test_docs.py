@@ -13,7 +13,12 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BESIDE = [ROOT / "dde_cache/sample_teacher/README.md"]
-ELSEWHERE = {"format.md": "test_format.py", "distillation.md": "test_choices.py", "own-task.md": "test_task_runs.py"}
+ELSEWHERE = {
+    "format.md": "test_format.py",
+    "distillation.md": "test_choices.py",
+    "own-task.md": "test_task_runs.py",
+    "several-teachers.md": "test_several.py",
+}
 """Pages that another file runs, with more to say about what comes out."""
 REFERENCE = DOCS / "cli.md"
 OWN_FOLDER = ("tutorial.md",)
