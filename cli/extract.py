@@ -28,7 +28,7 @@ def extract(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of shards."),
     teacher: str = typer.Option(..., help="Checkpoint of a fusion encoder: folder, hub id, or `sample`."),
     out: Path = typer.Option(..., help="Folder of the cache; an unfinished one is continued."),
-    config: Path | None = typer.Option(None, help="YAML file of settings."),
+    config: Path | None = typer.Option(None, help="YAML file of settings (docs/cli.md lists them)."),
     k: str | None = typer.Option(None, help="Keep the K strongest keys a row, or `all`, as log8. Default: sqrt8."),
     mass: float | None = typer.Option(None, help="Keep the keys of this share of a row's mass, for example 0.98."),
     max_k: int | None = typer.Option(None, help="With --mass: the most keys a row keeps. Default 32."),
@@ -45,8 +45,12 @@ def extract(
         None, "--predictions/--no-predictions", help="Keep the teacher's logits, where it has a head. Default: keep."
     ),
     heads: str | None = typer.Option(None, help="all or mean. Default all."),
-    queries: str | None = typer.Option(None, help="valid, or all (the published recipe's padded rows too)."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16: in which the teacher runs."),
+    queries: str | None = typer.Option(
+        None, help="valid, or all (the published recipe's padded rows too). Default valid."
+    ),
+    dtype: str | None = typer.Option(
+        None, help="float32, bfloat16 or float16: in which the teacher runs. Default float32."
+    ),
     views: int | None = typer.Option(None, help="Augmented views of each sample. Default 1."),
     view_recipe: str | None = typer.Option(
         None, help=f"How views are drawn: {', '.join(RECIPES)}. Default with --views: {DEFAULT_RECIPE}."

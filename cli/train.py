@@ -40,7 +40,7 @@ NONE = "none"
 
 def train(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of training shards."),
-    out: Path = typer.Option(..., help="Folder of the run."),
+    out: Path = typer.Option(..., help="Folder of the run; new or empty, but with --resume."),
     targets: str | None = typer.Option(
         None, help="Cache of targets (folder or URL), YAML file of several, or `none` for labels only."
     ),
@@ -62,27 +62,39 @@ def train(
         None, "--task", help="classification, vqa, nlvr2, entailment, retrieval, or module:Class of your own."
     ),
     preset: str | None = typer.Option(None, help=f"A published recipe: {', '.join(PRESETS)}."),
-    config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
-    set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
+    config: Path | None = typer.Option(
+        None, help="YAML file of settings (see docs/cli.md); RUN/config.yaml repeats a run."
+    ),
+    set_: list[str] = typer.Option(
+        [], "--set", help="One setting as name=value, such as soft_weight=0; may be repeated."
+    ),
     on_missing: str = typer.Option("error", help="Samples without targets, or the reverse: error or skip."),
-    steps: int | None = typer.Option(None, help="Optimizer steps."),
+    steps: int | None = typer.Option(None, help="Optimizer steps. Default 1000."),
     epochs: int | None = typer.Option(None, help="Passes over the pairs, instead of --steps."),
-    batch_size: int | None = typer.Option(None, help="Pairs a step, of all ranks together."),
-    accumulate: int | None = typer.Option(None, help="Micro-batches that a rank cuts its share of a batch into."),
-    learning_rate: float | None = typer.Option(None),
-    precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
-    seed: int | None = typer.Option(None),
-    directions: str | None = typer.Option(None, help="Queries of the attention loss: t2i, i2t or both."),
-    attention: str | None = typer.Option(None, help="Its keys: cross (the other modality's), or whole (all tokens')."),
+    batch_size: int | None = typer.Option(None, help="Pairs a step, of all ranks together. Default 128."),
+    accumulate: int | None = typer.Option(
+        None, help="Micro-batches that a rank cuts its share of a batch into. Default 1."
+    ),
+    learning_rate: float | None = typer.Option(None, help="Highest rate, after the warm-up. Default 0.0005."),
+    precision: str | None = typer.Option(None, help="no (float32), bf16 or fp16. Default no."),
+    seed: int | None = typer.Option(None, help="Of weights, order and dropout. Default 0."),
+    directions: str | None = typer.Option(None, help="Queries of the attention loss: t2i, i2t or both. Default both."),
+    attention: str | None = typer.Option(
+        None, help="Its keys: cross (the other modality's), or whole (all tokens'). Default cross."
+    ),
     layer_map: str | None = typer.Option(
         None, help="Teacher:student blocks, as 3:2,7:5; or `same`. Default last:last."
     ),
     heads: str | None = typer.Option(None, help="all (head by head) or mean. Default: as the targets have them."),
-    queries: str | None = typer.Option(None, help="Query rows that count: valid, or all (the padded ones too)."),
+    queries: str | None = typer.Option(
+        None, help="Query rows that count: valid, or all (the padded ones too). Default valid."
+    ),
     temperature: float | None = typer.Option(None, help="Of the soft labels. Default 1."),
     hidden_weight: float | None = typer.Option(None, help="Of the hidden states' squared error. Default 0."),
-    tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
-    workers: int | None = typer.Option(None, help="Processes that read ahead."),
+    tail: str | None = typer.Option(
+        None, help="bucket, uniform or renormalise: what the tail mass is taken for. Default bucket."
+    ),
+    workers: int | None = typer.Option(None, help="Processes that read ahead. Default 1."),
     remap_flips: bool = typer.Option(
         False, "--remap-flips", help="Mirror every other picture, and its stored maps with it: an approximation."
     ),
