@@ -140,7 +140,7 @@ def _plan(
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
-        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, mean_heads)
+        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, PairTable.of(shards), None, mean_heads)
     caches = caches_of(targets)
     lacking = [line for place in asked_parts(targets, config) for line in place.lacking(task)]
     several = isinstance(targets, SeveralTargets)

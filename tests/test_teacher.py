@@ -307,7 +307,7 @@ def test_a_missing_folder(tmp_path):
 def test_a_folder_without_a_readable_config(tmp_path, config):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(TeacherError, match="expected a folder or hub id with a ViLT checkpoint"):
+    with pytest.raises(TeacherError, match="expected a folder or hub id with a checkpoint of a fusion encoder"):
         FusionTeacher.load(tmp_path)
 
 
