@@ -16,7 +16,9 @@ from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size
 from dde_cache.distill import TrainConfig, student_output
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
+from dde_cache.matching import Scores
 from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
+from dde_cache.ranking import RankingReader, check_ranking, with_ranking
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
@@ -54,6 +56,7 @@ class RunRecord(Model):
     best_step: int | None
     seconds: float
     wait_seconds: float
+    mining_round: int = Field(default=0, ge=0, description="of the candidates that were learned from; 0: none")
 
 
 def train(
@@ -64,6 +67,7 @@ def train(
     *,
     init: str | None = None,
     valid: Sequence[Shard] = (),
+    candidates: Scores | None = None,
     resume: bool = False,
     about: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
@@ -77,6 +81,7 @@ def train(
         config: losses and fit.
         init: ViLT checkpoint that both towers start from, or a run whose parts are taken; None: random weights.
         valid: data that chooses the best checkpoint.
+        candidates: mined ones, whose ranking by a teacher is learned.
         resume: go on from the newest checkpoint in `out`.
         about: `shards`, `valid`, `targets`, `init`, `preset` in the user's words, for the record.
         progress: hooks to show what happens.
@@ -86,6 +91,8 @@ def train(
     """
     task = load_task(config.task)
     plan = plan_training(shards, valid, targets, config, task)
+    check_ranking(candidates, shards, targets, config, task, init)
+    others = None if candidates is None else RankingReader(candidates, shards, plan.preprocessor, config.ranking_top)
     torch.manual_seed(config.seed)
     student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
     fit_student(student, targets, config, plan)
@@ -93,7 +100,7 @@ def train(
     table = plan.table.in_views(plan.views, sides)
     read = plan.preprocessor, plan.labels
     dataset = PairDataset(
-        shards, table, *read, plan.reader, full_text=full_text, encode=task.targets, recipe=plan.recipe
+        shards, table, *read, plan.reader, full_text=full_text, encode=task.targets, recipe=plan.recipe, others=others
     )
     check_batch_size(plan.table, config.batch_size)
     for one in caches_of(targets):
@@ -103,7 +110,9 @@ def train(
     ranks = Ranks()
 
     def begin() -> None:
-        open_run(out, config, resume=resume, inputs=inputs_of(shards, valid, plan, targets, init))
+        inputs = inputs_of(shards, valid, plan, targets, init)
+        mined = {} if candidates is None else {"candidates": candidates.source}
+        open_run(out, config, resume=resume, inputs=inputs | mined)
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 
     ranks.on_first(begin)
@@ -118,7 +127,7 @@ def train(
 
     fit = Fit(
         student,
-        losses_of(config, targets, plan.mean_heads),
+        with_ranking(losses_of(config, targets, plan.mean_heads), config),
         config,
         out,
         validate=(lambda model: task.score(task.predict(output_of(model), held_out))) if valid else None,
@@ -129,6 +138,7 @@ def train(
         fit.resume()
     result = fit(loader)
     record = record_of(result, plan.labels, targets, about or {}, config.task, "finetune")
+    record = record.model_copy(update={"mining_round": 0 if candidates is None else candidates.index.round})
     ranks.on_first(lambda: write_text(out / RUN, record.model_dump_json(indent=2) + "\n"))
     return record
 
