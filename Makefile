@@ -8,8 +8,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/dde-cache demo --out demo-out
 
+# A file's tests stay in one process: they share what takes longest to make. The processes share nothing.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

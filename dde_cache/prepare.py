@@ -1,5 +1,6 @@
 """What a training needs of shards, targets and task, refused where they do not fit before anything is trained."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from dde_cache.sources import (
     layers_of,
     parts_of,
 )
+from dde_cache.spec import hash_json
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder
@@ -53,6 +55,20 @@ def labels_only(like: str | Cache) -> LabelsOnly:
         labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
         preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
     return LabelsOnly(preprocessor, tower, labels or ())
+
+
+def likeness(targets: LabelsOnly) -> str:
+    """What a run on labels takes from a cache or a teacher, in one line: equal for a teacher and its cache."""
+    tower, processor = targets.tower, targets.preprocessor.processor
+    shape = tower.to_dict()
+    for name in ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id"):
+        shape.pop(name, None)
+    pictures = json.loads(processor.image_processor.to_json_string())
+    reads = [json.loads(json.dumps(shape, default=str)), pictures, targets.preprocessor.tokenizer_json()]
+    return (
+        f"width {tower.hidden_size}, {tower.num_hidden_layers} blocks, {tower.num_attention_heads} heads, "
+        f"{len(targets.labels)} answers, SHA-256 {hash_json([*reads, list(targets.labels)])[:12]}"
+    )
 
 
 def tower_of(cache: Cache) -> ViltConfig:
