@@ -28,6 +28,7 @@ COMMANDS = {
     "pull": "Fetch a cache that somebody shares.",
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
+    "mine": "List hard negatives for a teacher to score.",
     "embed": "Encode pictures or texts once, into a store of vectors.",
     "predict": "Answer questions about stored pictures.",
     "search": "Find stored pictures for a text, or texts for a picture.",

@@ -15,6 +15,7 @@ from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.initial import announced, is_run
 from dde_cache.join import OnMissing
+from dde_cache.matching import Scores
 from dde_cache.prepare import labels_only
 from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
 from dde_cache.pretrain import pretrain as run_pretrain
@@ -53,6 +54,9 @@ def train(
     ),
     init: str | None = typer.Option(
         None, help="ViLT checkpoint that both towers start from, or a run (of pre-training); without it, random."
+    ),
+    candidates: Path | None = typer.Option(
+        None, help="Scores of mined candidates (`extract --candidates`), whose ranking is learned."
     ),
     stage: str = typer.Option("finetune", help="pretrain (pairs without labels) or finetune."),
     passes: str | None = typer.Option(
@@ -109,11 +113,15 @@ def train(
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
     _check_stage(stage, preset, task_name, passes)
+    if candidates is not None and stage == "pretrain":
+        raise InputError("expected --candidates with --stage finetune alone")
     # Options that are settings have their names.
     given = {name: value for name, value in locals().items() if name in PretrainConfig.model_fields}
     named = None if passes is None else [name.strip() for name in passes.split(",")]
     given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": named}
     settings = _settings(stage, config, set_, preset, given)
+    if candidates is not None and not settings.ranking_weight:
+        settings = settings.model_copy(update={"ranking_weight": 1.0})
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if allow_pixel_drift:
@@ -145,7 +153,8 @@ def train(
         if isinstance(settings, PretrainConfig):
             record = run_pretrain(training, chosen, out, settings, init=init, **common)
         else:
-            record = run_train(training, chosen, out, settings, init=init, **common)
+            scores = None if candidates is None else Scores(candidates)
+            record = run_train(training, chosen, out, settings, init=init, candidates=scores, **common)
     if ranks.first:
         _show(record, out, json)
 

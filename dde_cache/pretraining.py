@@ -43,6 +43,7 @@ class PretrainConfig(TrainConfig):
     task: str = Field(default=EVALUATED, pattern=f"^{EVALUATED}$", description="by which the student is evaluated")
     soft_weight: float = Field(default=0.0, ge=0, le=0)
     hard_weight: float = Field(default=0.0, ge=0, le=0)
+    ranking_weight: float = Field(default=0.0, ge=0, le=0)
     temperature: float = Field(default=1.0, ge=1, le=1, description="of soft labels, of which there are none")
     head_learning_rate_factor: float = Field(
         default=1.0, ge=1, le=1, description="of a task head, of which there is none"
