@@ -20,7 +20,7 @@ ORDER = (
     "sources", "distill", "pretraining", "presets", "teach", "identity", "plan", "extract", "recompute", "verify",
     "repair", "summary", "importers", "prepare", "train", "pretrain", "evaluate", "seen", "gallery", "figures",
     "compare", "sheet", "doctor", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict",
-    "search", "export", "demo",
+    "search", "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
