@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "Write a student as ONNX files.",
     "view": "Write a page that shows attention over pictures.",
     "report": "Write a page that shows runs side by side.",
+    "study": "Train students that differ in one thing, and say what that shows.",
     "doctor": "Say what is installed here, and whether it works.",
     "demo": "The whole road with the sample teacher, and one table.",
 }

@@ -21,7 +21,7 @@ ORDER = (
     "extract", "recompute", "verify", "matching", "scoring", "repair", "summary", "importers", "asked", "prepare",
     "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery", "figures", "compare", "sheet",
     "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "export",
-    "demo",
+    "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
