@@ -29,6 +29,8 @@ def embed(
     """Encode pictures or texts once, and keep their vectors with the student's fingerprint."""
     if (images is None) == (texts is None):
         raise InputError(f"expected --images or --texts, got {'neither' if images is None else 'both'}")
+    if skip_bad and texts is not None:
+        raise InputError("expected --skip-bad with --images alone: every text can be read")
     student = Student.from_pretrained(run, device)
     rows = (
         Texts(read_questions(texts), Path(texts).name) if texts else Images(open_pictures(str(images), student.images))

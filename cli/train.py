@@ -15,6 +15,7 @@ from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.initial import announced, is_run
 from dde_cache.join import OnMissing
+from dde_cache.matching import Scores
 from dde_cache.prepare import labels_only
 from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
 from dde_cache.pretrain import pretrain as run_pretrain
@@ -23,13 +24,14 @@ from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
 from dde_cache.several import is_teachers_file, read_teachers
-from dde_cache.sources import CachedTargets, OnlineTargets, Targets, drift_allowed
+from dde_cache.sources import CachedTargets, OnlineTargets, Targets, caches_of, drift_allowed
 from dde_cache.store import Cache
 from dde_cache.student import Head
 from dde_cache.tasks import load_task
 from dde_cache.teacher import FusionTeacher
 from dde_cache.train import RunRecord, Stage
 from dde_cache.train import train as run_train
+from dde_cache.views import AS_PROCESSED
 
 from .console import console, errors, print_json, progress
 from .places import CACHE_DIR, CACHE_LIMIT, opened
@@ -52,6 +54,9 @@ def train(
     ),
     init: str | None = typer.Option(
         None, help="ViLT checkpoint that both towers start from, or a run (of pre-training); without it, random."
+    ),
+    candidates: Path | None = typer.Option(
+        None, help="Scores of mined candidates (`extract --candidates`), whose ranking is learned."
     ),
     stage: str = typer.Option("finetune", help="pretrain (pairs without labels) or finetune."),
     passes: str | None = typer.Option(
@@ -108,15 +113,19 @@ def train(
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
     _check_stage(stage, preset, task_name, passes)
+    if candidates is not None and stage == "pretrain":
+        raise InputError("expected --candidates with --stage finetune alone")
     # Options that are settings have their names.
     given = {name: value for name, value in locals().items() if name in PretrainConfig.model_fields}
-    named = None if passes is None else passes.split(",")
+    named = None if passes is None else [name.strip() for name in passes.split(",")]
     given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": named}
     settings = _settings(stage, config, set_, preset, given)
+    if candidates is not None and not settings.ranking_weight:
+        settings = settings.model_copy(update={"ranking_weight": 1.0})
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if allow_pixel_drift:
-        chosen = drift_allowed(chosen)
+        chosen = _drifting(chosen)
     notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init)]
     if init is not None and is_run(init):
         notes.append(escape(announced(init, _head(settings))))
@@ -144,7 +153,8 @@ def train(
         if isinstance(settings, PretrainConfig):
             record = run_pretrain(training, chosen, out, settings, init=init, **common)
         else:
-            record = run_train(training, chosen, out, settings, init=init, **common)
+            scores = None if candidates is None else Scores(candidates)
+            record = run_train(training, chosen, out, settings, init=init, candidates=scores, **common)
     if ranks.first:
         _show(record, out, json)
 
@@ -159,6 +169,13 @@ def _check_stage(stage: str, preset: str | None, task: str | None, passes: str |
         raise InputError("expected --preset and --task with --stage finetune alone: pre-training has no labels")
     if stage == "finetune" and passes is not None:
         raise InputError("expected --passes with --stage pretrain alone: fine-tuning learns from matched pairs")
+
+
+def _drifting(targets: Targets) -> Targets:
+    """Let views of a cache be drawn with other pixels."""
+    if all(one.cache.spec.view == AS_PROCESSED for one in caches_of(targets)):
+        raise InputError("expected --allow-pixel-drift with a cache of views alone: no other pixels are compared")
+    return drift_allowed(targets)
 
 
 def _lacking(preset: str | None, targets: Targets, init: str | None) -> list[str]:
@@ -208,6 +225,8 @@ def _targets(
     """Choose one source of targets from the options."""
     if on_missing not in ("error", "skip"):
         raise InputError(f"expected --on-missing error or skip, got {on_missing!r}")
+    if on_missing == "skip" and targets in (None, NONE):
+        raise InputError("expected --on-missing with --targets CACHE alone: nothing can be missing without a cache")
     if (targets is None) == (teacher is None):
         raise InputError(
             "expected one of --targets CACHE, --targets none (labels only) and --teacher TEACHER (online), got "

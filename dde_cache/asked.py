@@ -121,7 +121,8 @@ def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int
     lacking = []
     one_way = config.attention_weight and config.directions == "both" and len(spec.directions) < 2
     if one_way:
-        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
+        only = spec.directions[0]
+        lacking.append(f"both directions of attention: it has {only} alone; train with --directions {only}")
     elif any(name.startswith(("t2", "i2")) and name not in spec.rows for name in config.rows):
         rows = ", ".join(spec.rows)
         how = "extract with --targets cross,whole" if config.attention == "whole" else "train with other --directions"

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import ViltConfig
 
 from dde_cache.asked import asked_parts, joined, numbers_of
+from dde_cache.assets import family_of
 from dde_cache.batches import check_labels
+from dde_cache.checkpoint import load_preprocessor, read_family, resolve
 from dde_cache.choices import check_blocks
 from dde_cache.distill import PROJECTIONS, TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
@@ -36,7 +38,7 @@ from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
-from dde_cache.teacher import read_config, resolve
+from dde_cache.teacher import FusionTeacher
 from dde_cache.views import ViewRecipe, parse_recipe
 
 
@@ -50,10 +52,10 @@ def labels_only(like: str | Cache) -> LabelsOnly:
         cache = like if isinstance(like, Cache) else Cache(Path(like))
         tower, labels, preprocessor = tower_of(cache), cache.labels, cache.preprocessor()
     else:
-        tower = read_config(resolve(like))
-        # What has no task head has the library's LABEL_0 and LABEL_1 for answers; only retrieval takes it.
-        labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
-        preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
+        path = resolve(like)
+        config, family, architecture = read_family(path)
+        tower, preprocessor = family.towers(config.to_dict()), load_preprocessor(path, config, family)
+        labels = family.answers(architecture, config)
     return LabelsOnly(preprocessor, tower, labels or ())
 
 
@@ -72,13 +74,13 @@ def likeness(targets: LabelsOnly) -> str:
 
 
 def tower_of(cache: Cache) -> ViltConfig:
-    """The shape of the teacher's towers, which a new student takes over.
+    """The towers of a new student of a cache: of the teacher's shape, as far as its family has one.
 
     Raises:
         CacheError: the configuration in the cache's assets is none that the model library takes.
     """
     try:
-        return ViltConfig.from_dict(dict(cache.teacher_config))
+        return family_of(cache.spec).towers(cache.teacher_config)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first}") from error
@@ -129,6 +131,11 @@ def plan_training(
     """
     if config.remap_flips and not caches_of(targets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
+    if task.head == "similarity" and config.head_learning_rate_factor != 1:
+        raise InputError(
+            f"expected head_learning_rate_factor 1 for task {config.task}, whose students have no task head, got "
+            f"{config.head_learning_rate_factor:g}"
+        )
     if config.accumulate > 1 and task.head == "similarity" and config.hard_weight:
         raise InputError(
             "expected accumulate 1: pairs are contrasted with the whole batch, which must be there at once; use more "
@@ -156,6 +163,7 @@ def _plan(
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
+        _check_teacher(teacher, config)
         return TrainingPlan(teacher.preprocessor, teacher.tower, labels, PairTable.of(shards), None, mean_heads)
     caches = caches_of(targets)
     lacking = [line for place in asked_parts(targets, config) for line in place.lacking(task)]
@@ -179,6 +187,26 @@ def _plan(
     answers = answering(targets)[0].targets.cache if isinstance(targets, SeveralTargets) else caches[0].cache
     tower, labels = tower_of(caches[0].cache), _answers(answers.labels, task)
     return TrainingPlan(caches[0].cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
+
+
+def _check_teacher(teacher: FusionTeacher, config: TrainConfig) -> None:
+    """Refuse a teacher that cannot give, at each step, what the losses compare.
+
+    Raises:
+        TeacherError: its family lacks it.
+    """
+    lacking = teacher.lacks(
+        padded_queries=bool(config.rows) and config.queries == "all",
+        whole=any(name in ("t2w", "i2w") for name in config.rows),
+        hidden=config.hidden_weight > 0,
+    )
+    if any(name not in teacher.directions for name in config.rows if name in ("t2i", "i2t")):
+        only = teacher.directions[0]
+        lacking.append(f"it has {only} attention alone: train with --directions {only}")
+    if lacking:
+        raise TeacherError(
+            f"a teacher of family {teacher.family.name} does not have all of this:{bullet_list(lacking)}"
+        )
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:

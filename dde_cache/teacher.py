@@ -101,7 +101,7 @@ class FusionTeacher:
         config, family, architecture = read_family(path)
         preprocessor = load_preprocessor(path, config, family)
         model = load_weights(architecture, path, config)
-        words, entries = len(preprocessor.processor.tokenizer), family.tower(config.to_dict())["vocab_size"]
+        words, entries = len(preprocessor.processor.tokenizer), family.shape(config.to_dict()).words
         if words > entries:
             raise TeacherError(
                 f"{name}: the tokenizer has {words} entries, the model {entries}; they do not belong together"
@@ -126,7 +126,7 @@ class FusionTeacher:
     @property
     def tower(self) -> ViltConfig:
         """The shape of a new student's towers."""
-        return ViltConfig.from_dict(dict(self.family.tower(self.config.to_dict())))
+        return self.family.towers(self.config.to_dict())
 
     @property
     def labels(self) -> tuple[str, ...] | None:

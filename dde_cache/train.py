@@ -18,7 +18,9 @@ from dde_cache.distill import TrainConfig, student_output
 from dde_cache.files import replaced_folder
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
+from dde_cache.matching import Scores
 from dde_cache.prepare import TrainingPlan, exported, fit_student, likeness, plan_training
+from dde_cache.ranking import RankingReader, check_ranking, with_ranking
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
@@ -58,6 +60,7 @@ class RunRecord(Model):
     best_step: int | None
     seconds: float
     wait_seconds: float
+    mining_round: int = Field(default=0, ge=0, description="of the candidates that were learned from; 0: none")
 
 
 def train(
@@ -68,6 +71,7 @@ def train(
     *,
     init: str | None = None,
     valid: Sequence[Shard] = (),
+    candidates: Scores | None = None,
     resume: bool = False,
     about: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
@@ -81,6 +85,7 @@ def train(
         config: losses and fit.
         init: ViLT checkpoint that both towers start from, or a run whose parts are taken; None: random weights.
         valid: data that chooses the best checkpoint.
+        candidates: mined ones, whose ranking by a teacher is learned.
         resume: go on from the newest checkpoint in `out`.
         about: `shards`, `valid`, `targets`, `init`, `preset` in the user's words, for the record.
         progress: hooks to show what happens.
@@ -90,6 +95,8 @@ def train(
     """
     task = load_task(config.task)
     plan = plan_training(shards, valid, targets, config, task)
+    check_ranking(candidates, shards, targets, config, task, init)
+    others = None if candidates is None else RankingReader(candidates, shards, plan.preprocessor, config.ranking_top)
     torch.manual_seed(config.seed)
     student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
     fit_student(student, targets, config, plan)
@@ -102,6 +109,7 @@ def train(
         full_text=config.queries == "all",
         encode=task.targets,
         recipe=plan.recipe,
+        others=others,
     )
     held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
     course = Course(
@@ -109,9 +117,10 @@ def train(
         plan=plan,
         model=student,
         student=student,
-        objective=losses_of(config, targets, plan.mean_heads),
+        objective=with_ranking(losses_of(config, targets, plan.mean_heads), config),
         dataset=dataset,
         score=lambda: task.score(task.predict(output_of(student), held_out)),
+        candidates=candidates,
     )
     return follow(
         course, shards, targets, out, config, init=init, valid=valid, resume=resume, about=about, progress=progress
@@ -130,6 +139,7 @@ class Course:
         objective: what is minimised.
         dataset: what a step reads, by the numbers of the plan's pairs in their views.
         score: figures of the student on held-out data.
+        candidates: mined ones whose ranking is learned.
     """
 
     stage: Stage
@@ -139,6 +149,7 @@ class Course:
     objective: Objective[Any]
     dataset: PairDataset
     score: Callable[[], float | Mapping[str, float]]
+    candidates: Scores | None = None
 
 
 def follow(
@@ -169,7 +180,9 @@ def follow(
     def begin() -> None:
         inputs = inputs_of(shards, valid, plan, targets, init)
         # Fine-tuning says nothing, so that runs of versions before there were stages go on.
-        open_run(out, config, resume=resume, inputs=inputs | ({"stage": course.stage} if course.stage != USUAL else {}))
+        inputs |= {"stage": course.stage} if course.stage != USUAL else {}
+        inputs |= {} if course.candidates is None else {"candidates": course.candidates.source}
+        open_run(out, config, resume=resume, inputs=inputs)
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 
     ranks.on_first(begin)
@@ -241,4 +254,5 @@ def record_of(
         best_step=result.best_step,
         seconds=round(result.seconds, 3),
         wait_seconds=round(result.wait_seconds, 3),
+        mining_round=0 if course.candidates is None else course.candidates.index.round,
     )

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from dde_cache.teachers.blip import Blip
+from dde_cache.teachers.bridgetower import BridgeTower
 from dde_cache.teachers.contract import Family
+from dde_cache.teachers.flava import Flava
+from dde_cache.teachers.lxmert import Lxmert
 from dde_cache.teachers.vilt import Vilt
 
-FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (Vilt,)}
+FAMILIES: Mapping[str, type[Family]] = {family.name: family for family in (Vilt, BridgeTower, Blip, Flava, Lxmert)}
 """By the name that target specifications have, the model_type of their configurations."""
 
 ARCHITECTURES: Mapping[str, tuple[type[Family], type[nn.Module]]] = {

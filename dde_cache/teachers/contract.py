@@ -10,18 +10,19 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers import ViltConfig
 
 from dde_cache.preprocess import TokenBatch
 from dde_cache.spec import Direction
 
-ROW_MAJOR = "block-softmax, cls first, row-major patches"
+ROW_MAJOR: Final = "block-softmax, cls first, row-major patches"
 """Rule of a teacher whose image axis is [CLS; patches in row-major order]."""
 
-REGIONS = "block-softmax, regions"
+REGIONS: Final = "block-softmax, regions"
 """Rule of a teacher whose image axis is the regions that a detector found, in the order in which they are given."""
 
 MATCHING = ("unmatched", "matched")
@@ -38,6 +39,7 @@ class Shape:
         layers: blocks with cross-modal attention.
         heads: of each of them.
         width: of their hidden states.
+        words: entries of the vocabulary.
         text_length: most tokens of a text.
         patch_size: in pixels; 1 where there are no patches.
         side: the one height and width of pictures that it reads, in pixels; None: any whole number of patches.
@@ -46,6 +48,7 @@ class Shape:
     layers: int
     heads: int
     width: int
+    words: int
     text_length: int
     patch_size: int
     side: int | None
@@ -155,6 +158,15 @@ class Family(ABC):
         """
 
     @classmethod
+    def towers(cls, config: Mapping[str, Any]) -> ViltConfig:
+        """The shape of a new student's towers.
+
+        Raises:
+            KeyError, TypeError, ValueError: the configuration cannot be used.
+        """
+        return ViltConfig.from_dict(dict(cls.tower(config)))
+
+    @classmethod
     def answers(cls, model: type[nn.Module], config: Any) -> tuple[str, ...] | None:
         """Answers of a model class with a configuration in logit order, or None without a head."""
         found = cls.architectures[model]
@@ -189,19 +201,18 @@ Tap = tuple[Hashable, ...]
 
 
 @contextmanager
-def taps(modules: Mapping[Tap, nn.Module], *, stop: bool, calls: int = 1) -> Iterator[dict[Tap, list[Tensor]]]:
+def taps(modules: Mapping[Tap, nn.Module], *, enough: int | None = None) -> Iterator[dict[Tap, list[Tensor]]]:
     """Keep what modules put out while the context is open, by name and in the order of the calls.
 
     Args:
         modules: by name.
-        stop: leave the context as soon as every module was called `calls` times: nothing behind them is computed.
-        calls: of each module in one forward pass.
+        enough: leave the context as soon as so many outputs were kept: nothing behind them is computed. None: never.
     """
     taken: dict[Tap, list[Tensor]] = {name: [] for name in modules}
 
     def keep(name: Tap, _module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         taken[name].append(output[0] if isinstance(output, tuple) else output)
-        if stop and all(len(held) == calls for held in taken.values()):
+        if enough is not None and sum(map(len, taken.values())) >= enough:
             raise _Enough
 
     handles = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
@@ -217,6 +228,35 @@ def taps(modules: Mapping[Tap, nn.Module], *, stop: bool, calls: int = 1) -> Ite
 def split_heads(projected: Float[Tensor, "b n w"], heads: int) -> Float[Tensor, "b h n d"]:
     """A projection by heads."""
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+_OF_TEXT = ("num_hidden_layers", "intermediate_size", "hidden_act", "layer_norm_eps", "vocab_size", "pad_token_id")
+_WHERE_THERE = ("type_vocab_size", "initializer_range")
+
+
+def twin_tower(shape: Shape, text: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Fields of a `ViltConfig` for the towers of a student of a teacher with towers of its own.
+
+    Width and heads are those of the cross-modal blocks, whose maps the student's last block is compared with; depth and
+    all else are those of the teacher's text encoder.
+
+    Args:
+        shape: of the teacher; it reads pictures of one size.
+        text: configuration of its text encoder.
+        channels: of its pictures.
+
+    Raises:
+        KeyError: the configuration lacks something.
+    """
+    fields = {name: text[name] for name in _OF_TEXT} | {name: text[name] for name in _WHERE_THERE if name in text}
+    return fields | {
+        "hidden_size": shape.width,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": shape.text_length,
+        "image_size": shape.side,
+        "patch_size": shape.patch_size,
+        "num_channels": channels,
+    }
 
 
 def whole_number(number: Any) -> int:

@@ -112,6 +112,7 @@ class Vilt(Family):
             layers=whole_number(config["num_hidden_layers"]),
             heads=whole_number(config["num_attention_heads"]),
             width=whole_number(config["hidden_size"]),
+            words=whole_number(config["vocab_size"]),
             text_length=whole_number(config["max_position_embeddings"]),
             patch_size=whole_number(config["patch_size"]),
             side=None,
@@ -139,7 +140,7 @@ class Vilt(Family):
             points |= {("states", layer): blocks[layer]} if wanted.hidden else {}
         embeds, mask = embed_picture(vilt, picture, wanted.padding)
         pooled = None
-        with taps(points, stop=not wanted.summary) as taken:
+        with taps(points, enough=None if wanted.summary else len(points)) as taken:
             pooled = joint_pass(vilt, tokens, embeds, mask, slot)
         projections, states = {}, {}
         heads, length = vilt.config.num_attention_heads, tokens.mask.shape[1]
