@@ -205,9 +205,9 @@ class _Place:
 
     def _make(self, run: Run, shards: Sequence[Shard]) -> None:
         """Train and test one student; keep its answers and figures, and drop its weights."""
-        begin = time.perf_counter()
         cell, folder = run.cell, self.out / "runs" / run.name
         targets = self._targets(cell, shards)
+        begin = time.perf_counter()
         settings = training(self._config.train, cell, run.seed)
         resume = _has_checkpoint(folder)
         if folder.exists() and not resume:
