@@ -152,8 +152,9 @@ def _draw(parts: _Parts, random: np.random.Generator, draws: int) -> Float[np.nd
         chosen = random.integers(seeds, size=(draws, seeds))
         wide = np.sqrt(seeds / random.chisquare(seeds - 1, draws))
         found += parts.seeds[chosen].mean(1) * wide
+    wider = math.sqrt(pictures / max(pictures - 1, 1))
     for start in range(0, draws, _BLOCK):
         size = min(_BLOCK, draws - start)
         chosen = random.integers(pictures, size=(size, pictures))
-        found[start : start + size] += parts.pictures[chosen].mean(1) * parts.shrink
+        found[start : start + size] += parts.pictures[chosen].mean(1) * parts.shrink * wider
     return found

@@ -319,14 +319,16 @@ def _steps(done: Callable[[int], None]) -> Progress:
 
 
 def _questions(shards: Sequence[Shard]) -> Questions:
-    """Picture and kind of every question that has an answer."""
+    """Picture and kind of every question that has an answer; permutations of one NLVR example count as one picture."""
     asked = [
-        (number, text.kind or OTHER_KIND)
-        for number, sample in enumerate(sample for shard in shards for sample in shard)
+        (str(sample.meta.get("example", sample.key)), text.kind or OTHER_KIND)
+        for shard in shards
+        for sample in shard
         for text in sample.texts
         if text.label is not None
     ]
-    return Questions(np.array([number for number, _ in asked], np.int64), np.array([kind for _, kind in asked]))
+    _, picture = np.unique([name for name, _ in asked], return_inverse=True)
+    return Questions(picture, np.array([kind for _, kind in asked]))
 
 
 def _answers(subject: Subject, shards: Sequence[Shard]) -> np.ndarray:

@@ -13,8 +13,8 @@ from dde_cache.equivalence import Requirements
 from dde_cache.errors import InputError, RunError
 from dde_cache.outcomes import Outcomes, Questions, StudyResult, read_outcomes
 from dde_cache.samples import open_shards
-from dde_cache.study import extraction, read_study, training
-from dde_cache.study_report import markdown, write_plots
+from dde_cache.study import extraction, read_study, run_study, training
+from dde_cache.study_report import markdown, sum_up, write_plots
 from dde_cache.testbeds import StudyConfig, part_source, study_config
 
 TINY = ("pictures=20", "test_pictures=8", "train.steps=3", "train.batch_size=8", "train.save_every=1")
@@ -137,16 +137,22 @@ def test_damaged_answers_are_named(whole, tmp_path):
         read_outcomes(tmp_path, ["default.1"])
 
 
-def test_every_cell_runs(tmp_path):
-    """One step each; where one percent of the pictures is less than a batch, the cell is skipped and named."""
-    settings = (*TINY[:2], "train.steps=1", "train.batch_size=4")
-    report = json.loads(
-        done(*study(tmp_path / "study", "--json", settings=settings, families=",".join(FAMILIES), seeds=1)).out
-    )
-    assert {row["cell"] for row in report["rows"]} == {cell.name for cell in CELLS}
-    assert report["skipped"] == []
-    sizes = {row["cell"]: row["bytes_a_pair"] for row in report["rows"]}
-    assert sizes["top-1"] < sizes["top-2"] < sizes["top-4"] < sizes["top-8"] < sizes["lossless"]
+SORTS = (
+    *(DEFAULT, "labels alone", "soft labels", "online teacher", "lossless", "whole attention", "hidden states"),
+    *("mass 0.9", "top-4, even tail", "1% labels", "1% labels + cache", "few, 4 views"),
+)
+"""One cell of each sort."""
+
+
+def test_every_sort_of_cell_runs(tmp_path):
+    out, config = tmp_path / "study", study_config(None, [*TINY[:2], "train.steps=1", "train.batch_size=4"])
+    cells = [cell for cell in CELLS if cell.name in SORTS]
+    runs = ordered(cells, 1)
+    assert run_study(out, config, runs, lambda name, total: lambda done: None) == ()
+    report = sum_up(out, config, cells, runs)
+    assert {row.cell for row in report.rows} == set(SORTS)
+    sizes = {row.cell: row.bytes_a_pair for row in report.rows}
+    assert sizes["lossless"] > sizes[DEFAULT] > 0
     assert [sizes[cell] for cell in ("labels alone", "soft labels", "online teacher")] == [None] * 3
 
 
