@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
+from pydantic import computed_field
 
 from dde_cache.errors import InputError
 from dde_cache.spec import Model
@@ -57,6 +58,7 @@ class Difference(Model):
     seeds: int
     questions: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def visible(self) -> float:
         """The smallest difference that could have been seen: half of the 95 % interval. A larger one excludes zero."""

@@ -23,7 +23,7 @@ from dde_cache.samples import EncodedImage, Sample, Text
 COLOURS = ("red", "green", "blue", "orange", "gray", "yellow")
 SHAPES = ("circle", "square")
 SIZE = 75
-"""Pixels a side; odd, so that no centre lies on the middle line."""
+"""Pixels a side; the middle pixel, as it is odd, counts as left and as top."""
 
 REACH = 5
 """Pixels from an object's centre to its edge."""
