@@ -28,6 +28,7 @@ COMMANDS = {
     "pull": "Fetch a cache that somebody shares.",
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
+    "mine": "List hard negatives for a teacher to score.",
     "embed": "Encode pictures or texts once, into a store of vectors.",
     "predict": "Answer questions about stored pictures.",
     "search": "Find stored pictures for a text, or texts for a picture.",
@@ -71,7 +72,8 @@ class Commands(TyperGroup):
             errors.print("(A training run goes on with --resume.)", highlight=False)
             raise typer.Exit(130) from stop
         except DdeCacheError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            # A path that is wrapped in its middle cannot be copied: the terminal breaks lines, not we.
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except OSError as error:
             if error.errno not in _DISK + _PLACE:

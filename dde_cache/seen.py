@@ -88,6 +88,7 @@ class Seer:
         spec: of the cache.
         preprocessor: of the dataset.
         student: whose attention stands beside the teacher's; None: the teacher alone.
+        block: of the student; None: its last.
 
     Raises:
         RunError: the student has another number of heads, and the cache has not every key, so that they have no means
@@ -100,9 +101,12 @@ class Seer:
         spec: TargetSpec,
         preprocessor: Preprocessor,
         student: DualEncoder | None = None,
+        block: int | None = None,
     ) -> None:
         self._dataset, self._spec, self._preprocessor = dataset, spec, preprocessor
-        self._student = student
+        self._student, self._block = student, block
+        if student is not None and block is not None:
+            student.keep_blocks([block])
         self._averages = student is not None and spec.stored_heads not in (1, student.config.vilt().num_attention_heads)
         if self._averages and spec.steps is None:
             raise RunError(
@@ -171,11 +175,13 @@ class Seer:
         mean = self.heads == 1
         student = []
         for slot in slots:
-            text, image = output.text, output.second if slot else output.image
+            sides = output.text, output.second if slot else output.image
+            text, image = (side.block(self._block).query_key for side in sides)
+            masks = {"t2i": sides[1].mask, "i2t": sides[0].mask}
             student.append(
                 {
-                    name: log_attention(query.query_key.query, key.query_key.key, key.mask, mean_heads=mean).cpu()
-                    for name, query, key in (("t2i", text, image), ("i2t", image, text))
+                    name: log_attention(asking.query, asked.key, masks[name], mean_heads=mean).cpu()
+                    for name, asking, asked in (("t2i", text, image), ("i2t", image, text))
                 }
             )
         return _Compared(batch, teacher, student, output)

@@ -338,4 +338,4 @@ def _answers(subject: Subject, shards: Sequence[Shard]) -> np.ndarray:
     dataset = PairDataset(shards, table, subject.preprocessor, subject.labels, encode=subject.task.targets)
     found = subject.task.predict(subject.output_of, dataset)
     known = found.label != NO_LABEL
-    return (found.logits.argmax(-1) == found.label)[known].numpy()
+    return (found.answer == found.label)[known].numpy()

@@ -5,13 +5,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from dde_cache.candidates import CandidateAttributes
 from dde_cache.claims import StudyReport
 from dde_cache.demo import DemoReport
 from dde_cache.embed import EmbedReport
 from dde_cache.embeddings import EmbeddingIndex
 from dde_cache.export import ExportRecord
 from dde_cache.extract import ExtractConfig, ExtractSummary
+from dde_cache.matching import ScoreAttributes, ScoreIndex, ScoreReport
 from dde_cache.merge import MergeReport
+from dde_cache.mine import MineReport
 from dde_cache.objects import Receipts
 from dde_cache.outcomes import StudyResult
 from dde_cache.plan import ExtractPlan
@@ -22,6 +25,7 @@ from dde_cache.repair import RepairReport
 from dde_cache.samples import SampleRecord, ShardsIndex
 from dde_cache.scores import Baselines, EvaluationReport
 from dde_cache.search import SearchReport
+from dde_cache.several import TeachersFile
 from dde_cache.share import TransferReport
 from dde_cache.spec import Manifest, UnitAttributes
 from dde_cache.stored_rows import EmbeddingAttributes
@@ -35,6 +39,7 @@ from dde_cache.verify import VerifyReport
 MODELS: dict[str, type[BaseModel]] = {
     "baselines": Baselines,
     "cache-summary": CacheSummary,
+    "candidate-attributes": CandidateAttributes,
     "demo-report": DemoReport,
     "embed-report": EmbedReport,
     "embedding-attributes": EmbeddingAttributes,
@@ -46,6 +51,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "extract-summary": ExtractSummary,
     "manifest": Manifest,
     "merge-report": MergeReport,
+    "mine-report": MineReport,
     "pair-links": PairLinks,
     "pretrain-config": PretrainConfig,
     "prediction": Prediction,
@@ -54,6 +60,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "repair-report": RepairReport,
     "run": RunRecord,
     "sample": SampleRecord,
+    "score-attributes": ScoreAttributes,
+    "score-report": ScoreReport,
+    "scores": ScoreIndex,
     "search-report": SearchReport,
     "shards": ShardsIndex,
     "study-config": StudyConfig,
@@ -61,6 +70,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "study-result": StudyResult,
     "subset-report": SubsetReport,
     "teach-config": TeachConfig,
+    "teachers": TeachersFile,
     "train-config": TrainConfig,
     "transfer-report": TransferReport,
     "unit-attributes": UnitAttributes,
