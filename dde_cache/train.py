@@ -100,6 +100,7 @@ def train(
         full_text=config.queries == "all",
         encode=task.targets,
         recipe=plan.recipe,
+        identities=task.head == "similarity",
     )
     held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
     course = Course(

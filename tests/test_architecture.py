@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 ORDER = (
     "errors", "files", "spec", "pages", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images",
     "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views",
-    "passes", "partners", "audit", "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch",
-    "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student", "initial",
-    "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms", "encoder", "records",
-    "buckets", "ranks", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices",
+    "passes", "ranks", "contrast", "partners", "audit", "drift", "assets", "manifest", "store", "card", "network",
+    "remote", "fetch", "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher",
+    "student", "initial", "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms",
+    "encoder", "records", "buckets", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices",
     "sources", "distill", "pretraining", "presets", "teach", "identity", "plan", "extract", "recompute", "verify",
     "repair", "summary", "importers", "prepare", "train", "pretrain", "evaluate", "seen", "gallery", "figures",
     "compare", "sheet", "doctor", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict",
@@ -27,6 +28,7 @@ ORDER = (
 MAX_LINES, MAX_FUNCTION = 350, 55
 
 
+@cache
 def tree_of(path):
     return ast.parse(path.read_text(), str(path))
 
