@@ -1,9 +1,9 @@
 """Make the sample teacher again, by the very commands, and score it beside models that should do worse.
 
-Runs, in this process, `dde-cache data import shapes`, `dde-cache teacher train` with benchmarks/sample_teacher.yaml, and
-`dde-cache eval` on the test split: the teacher; a question-only model (the most frequent answer to that very question in
-the training data); and a plain dual encoder of the teacher's size, trained on labels alone for the same steps, batch and
-rate. About an hour for the teacher and another for the dual encoder on two cores; not in CI.
+In this process it runs `dde-cache data import shapes`, `dde-cache teacher train` with sample_teacher.yaml beside this
+file, and `dde-cache eval` on the test split: the teacher; a question-only model (the most frequent answer to that very
+question in the training data); and a plain dual encoder of the teacher's size, trained on labels alone for the same
+steps, batch and rate. About an hour for the teacher and another for the dual encoder on two cores; not in CI.
 
 Limit: 1, every answer right. The floor of a question-only model is one half: `shapes` balances its answers.
 

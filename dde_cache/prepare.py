@@ -24,7 +24,7 @@ from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
 from dde_cache.teacher import read_config, resolve
-from dde_cache.views import ViewRecipe, parse_recipe
+from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
 
 
 def labels_only(like: str | Cache) -> LabelsOnly:
@@ -110,6 +110,11 @@ def plan_training(
         InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
             of a recipe that this version does not know, or labels or pictures are not what was expected.
     """
+    if isinstance(targets, CachedTargets) and (config.views, config.view) != (None, None):
+        raise InputError(
+            f"expected views and view without a cache alone: {targets.cache.name} has those that its teacher saw "
+            f"({targets.cache.spec.views}, {targets.cache.spec.view}); leave them out"
+        )
     if config.remap_flips and not isinstance(targets, CachedTargets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
     if task.head == "similarity" and config.head_learning_rate_factor != 1:
@@ -135,16 +140,18 @@ def _plan(
     shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task, passes: Sequence[PassName]
 ) -> TrainingPlan:
     """What is read, from where the targets come from."""
+    drawn = parse_recipe(config.view or AS_PROCESSED), config.views or 1
     if isinstance(targets, LabelsOnly):
         labels = _answers(targets.labels, task)
-        return TrainingPlan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False)
+        return TrainingPlan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False, *drawn)
     if config.soft_weight and not task.soft:
         raise InputError(f"task {config.task} has no soft labels; train with --set soft_weight=0")
     if isinstance(targets, OnlineTargets):
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
-        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, mean_heads)
+        table = PairTable.of(shards)
+        return TrainingPlan(teacher.preprocessor, teacher.config, labels, table, None, mean_heads, *drawn)
     cache, spec = targets.cache, targets.cache.spec
     layers = [pair.teacher for pair in layers_of(targets, config)]
     lacking = _lacking_records(spec, config, layers) if config.reads_records else []

@@ -53,8 +53,14 @@ def task_settings(name: str, preset: str | None = None) -> Mapping[str, Any]:
     return {**task.settings, **({**PRESETS[preset], **task.dide} if preset else {}), "task": name}
 
 
-def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[str]:
+def lacking_of_preset(preset: str, targets: Targets, init: str | None, view: str | None = None) -> list[str]:
     """What keeps a run from following a published recipe to the letter, in words.
+
+    Args:
+        preset: the recipe.
+        targets: where the teacher's signals come from.
+        init: what the student starts from.
+        view: recipe of the views of a run without a cache.
 
     Raises:
         InputError: the recipe needs `--init`.
@@ -63,7 +69,7 @@ def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[s
         raise InputError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}")
     if init is None:
         raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
-    lacking = lacking_views(targets.cache.spec.view if isinstance(targets, CachedTargets) else AS_PROCESSED)
+    lacking = lacking_views(targets.cache.spec.view if isinstance(targets, CachedTargets) else view or AS_PROCESSED)
     if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
         lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
     return lacking
