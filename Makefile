@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint schemas clean
+.PHONY: demo test lint schemas cli-docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/dde-cache demo --out demo-out
@@ -19,6 +19,9 @@ lint: $(VENV)/ready
 
 schemas: $(VENV)/ready
 	$(BIN)/python -m dde_cache.schemas
+
+cli-docs: $(VENV)/ready
+	$(BIN)/python -m dde_cache.cli.reference > docs/cli.md
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or newer, got " + sys.version) if sys.version_info < (3, 11) else None'

@@ -17,13 +17,13 @@ from .console import console, print_json, progress
 
 
 def embed(
-    run: str = typer.Argument(help="A run of `train`."),
+    run: str = typer.Argument(help="A run of `train`: its folder."),
     out: Path = typer.Option(..., help="Folder of the store; new, empty, or one that was cut short."),
     images: str | None = typer.Option(None, metavar="DIR|SHARDS", help="Folder of pictures, or shards."),
     texts: str | None = typer.Option(None, metavar="FILE|SHARDS", help="JSON lines with `text`, or shards."),
     skip_bad: bool = typer.Option(False, "--skip-bad", help="Leave out pictures that cannot be read."),
     batch_size: int = typer.Option(32, min=1, help="Pictures or texts a forward pass."),
-    device: str = typer.Option("cpu"),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Encode pictures or texts once, and keep their vectors with the student's fingerprint."""

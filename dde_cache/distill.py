@@ -14,9 +14,9 @@ from dde_cache.batches import Batch
 from dde_cache.choices import DistillConfig, LayerPair
 from dde_cache.losses import attention_kl, log_attention, weighted_sum
 from dde_cache.sources import (
+    Alone,
     LabelsOnly,
     OnlineTargets,
-    Targets,
     Taught,
     cached_targets,
     images_of,
@@ -91,7 +91,7 @@ class StudentLosses(Objective[Compared]):
     T^2 x the task's loss of both logits over T (Hinton, arXiv 1503.02531).
     """
 
-    def __init__(self, config: TrainConfig, targets: Targets, mean_heads: bool) -> None:
+    def __init__(self, config: TrainConfig, targets: Alone, mean_heads: bool) -> None:
         self._config, self._targets, self._mean_heads = config, targets, mean_heads
         self._every = config.queries == "all"
         self._images = images_of(targets) or 1
@@ -137,13 +137,16 @@ class StudentLosses(Objective[Compared]):
         return table
 
     def _compare(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Compared:
+        return self.compared(student_output(model, batch, sizes), batch, getattr(model, PROJECTIONS, None))
+
+    def compared(self, output: DualEncoderOutput, batch: Batch, projections: Any) -> Compared:
+        """What the terms compare, where a student has run already; `projections` as in `Compared`."""
         config, targets = self._config, self._targets
-        output = student_output(model, batch, sizes)
         if isinstance(targets, LabelsOnly):
             return Compared(output, Taught({}, {}))
         give = online_targets if isinstance(targets, OnlineTargets) else cached_targets
         taught = give(targets, batch, config, self._pairs)  # type: ignore[arg-type]
-        return Compared(output, taught, getattr(model, PROJECTIONS, None))
+        return Compared(output, taught, projections)
 
     def _padded(self, batch: Batch) -> Sizes:
         if not self._every:

@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dde_cache.attention import Attention, SparseAttention, attention_logits, mask_keys
@@ -116,3 +116,37 @@ def answer_bce_sum(student: Float[Tensor, "b c"], target: Float[Tensor, "b c"]) 
         target: soft scores of the annotators, or the teacher's sigmoid.
     """
     return nn.functional.binary_cross_entropy_with_logits(student.float(), target.float(), reduction="sum")
+
+
+def ranking_sum(
+    query: Float[Tensor, "b w"],
+    own: Float[Tensor, "b w"],
+    candidates: Float[Tensor, "n w"],
+    index: Int[Tensor, "b k"],
+    teacher: Float[Tensor, "b k1"],
+    scale: Float[Tensor, ""],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) over the true partner and the candidates of each query, summed (LoopITR, 2203.05465).
+
+    The teacher's distribution is softmax(scores / temperature), the student's softmax(scale x cosines). A query without
+    candidates adds 0. In fp32, inside autocast too.
+
+    Args:
+        query: pooled vectors; normalised here, as the others.
+        own: those of their true partners.
+        candidates: vectors of candidates.
+        index: which of them are each query's; -1: none.
+        teacher: scores of the true partner, then of the candidates (k + 1; where there is none, nothing is read).
+        scale: factor of the cosines.
+        temperature: of the teacher's scores.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, own, candidates = (nn.functional.normalize(side.float(), dim=-1) for side in (query, own, candidates))
+        chosen = candidates[index.clamp_min(0)]
+        cosine = torch.cat([(query * own).sum(-1, keepdim=True), (query[:, None] * chosen).sum(-1)], dim=1)
+        there = torch.cat([torch.ones_like(index[:, :1], dtype=torch.bool), index >= 0], dim=1)
+        lowest = torch.finfo(torch.float32).min
+        student = (scale.float() * cosine).masked_fill(~there, lowest).log_softmax(-1)
+        target = (teacher.float() / temperature).masked_fill(~there, lowest).softmax(-1)
+        return dense_kl(target, student).sum()

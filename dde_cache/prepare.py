@@ -8,22 +8,37 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import ViltConfig
 
+from dde_cache.asked import asked_parts, joined, numbers_of
+from dde_cache.assets import family_of
 from dde_cache.batches import check_labels
+from dde_cache.checkpoint import load_preprocessor, read_family, resolve
 from dde_cache.choices import check_blocks
 from dde_cache.distill import PROJECTIONS, TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
-from dde_cache.join import join
-from dde_cache.passes import RECIPES, PassName, ordered
+from dde_cache.passes import PassName
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
-from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets, images_of, layers_of
-from dde_cache.spec import TargetSpec, hash_json
+from dde_cache.several import SeveralReaders, answering, disagreements
+from dde_cache.sources import (
+    Alone,
+    CachedTargets,
+    LabelsOnly,
+    OnlineTargets,
+    SeveralTargets,
+    Targets,
+    averages_heads,
+    caches_of,
+    images_of,
+    layers_of,
+    parts_of,
+)
+from dde_cache.spec import hash_json
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
-from dde_cache.teacher import read_config, resolve
+from dde_cache.teacher import FusionTeacher
 from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
 
 
@@ -37,10 +52,10 @@ def labels_only(like: str | Cache) -> LabelsOnly:
         cache = like if isinstance(like, Cache) else Cache(Path(like))
         tower, labels, preprocessor = tower_of(cache), cache.labels, cache.preprocessor()
     else:
-        tower = read_config(resolve(like))
-        # What has no task head has the library's LABEL_0 and LABEL_1 for answers; only retrieval takes it.
-        labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
-        preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
+        path = resolve(like)
+        config, family, architecture = read_family(path)
+        tower, preprocessor = family.towers(config.to_dict()), load_preprocessor(path, config, family)
+        labels = family.answers(architecture, config)
     return LabelsOnly(preprocessor, tower, labels or ())
 
 
@@ -59,16 +74,20 @@ def likeness(targets: LabelsOnly) -> str:
 
 
 def tower_of(cache: Cache) -> ViltConfig:
-    """The shape of the teacher's towers, which a new student takes over.
+    """The towers of a new student of a cache: of the teacher's shape, as far as its family has one.
 
     Raises:
         CacheError: the configuration in the cache's assets is none that the model library takes.
     """
     try:
-        return ViltConfig.from_dict(dict(cache.teacher_config))
+        return family_of(cache.spec).towers(cache.teacher_config)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first}") from error
+
+
+Reader = CacheTargets | SeveralReaders
+"""What reads the targets of one cache, or of several."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,7 @@ class TrainingPlan:
     tower: ViltConfig
     labels: tuple[str, ...]
     table: PairTable
-    reader: CacheTargets | None
+    reader: Reader | None
     mean_heads: bool
     recipe: ViewRecipe | None = None
     views: int = 1
@@ -110,12 +129,13 @@ def plan_training(
         InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
             of a recipe that this version does not know, or labels or pictures are not what was expected.
     """
-    if isinstance(targets, CachedTargets) and (config.views, config.view) != (None, None):
+    if caches_of(targets) and (config.views, config.view) != (None, None):
+        cache = caches_of(targets)[0].cache
         raise InputError(
-            f"expected views and view without a cache alone: {targets.cache.name} has those that its teacher saw "
-            f"({targets.cache.spec.views}, {targets.cache.spec.view}); leave them out"
+            f"expected views and view without a cache alone: {cache.name} has those that its teacher saw "
+            f"({cache.spec.views}, {cache.spec.view}); leave them out"
         )
-    if config.remap_flips and not isinstance(targets, CachedTargets):
+    if config.remap_flips and not caches_of(targets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
     if task.head == "similarity" and config.head_learning_rate_factor != 1:
         raise InputError(
@@ -150,79 +170,51 @@ def _plan(
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
+        _check_teacher(teacher, config)
         table = PairTable.of(shards)
-        return TrainingPlan(teacher.preprocessor, teacher.config, labels, table, None, mean_heads, *drawn)
-    cache, spec = targets.cache, targets.cache.spec
-    layers = [pair.teacher for pair in layers_of(targets, config)]
-    lacking = _lacking_records(spec, config, layers) if config.reads_records else []
-    if config.soft_weight and spec.classes is None:
-        lacking.append("logits: its teacher has no task head, or they were cut away; train with --set soft_weight=0")
-    if cache.labels is None and task.head == "classes":
-        lacking.append("the answers that the student's head should have")
+        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, table, None, mean_heads, *drawn)
+    caches = caches_of(targets)
+    lacking = [line for place in asked_parts(targets, config) for line in place.lacking(task)]
+    several = isinstance(targets, SeveralTargets)
+    if isinstance(targets, SeveralTargets):
+        lacking = disagreements(targets, config, classes=task.head == "classes") + lacking
     if lacking:
-        raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
+        name = "these teachers" if several else caches[0].cache.name
+        what = "do not go together" if several else "this training needs what the cache does not have"
+        raise CacheError(f"{name}{'' if several else ':'} {what}:{bullet_list(lacking, 20)}")
+    spec = caches[0].cache.spec
     recipe = parse_recipe(spec.view)
-    numbers = _numbers_of(cache, passes)
-    reader = None
-    table = join(shards, cache, targets.on_missing).table
-    if config.reads_records or config.soft_weight:
-        reader = CacheTargets(
-            cache,
-            shards,
-            layers,
-            rows=config.rows,
-            hidden=config.hidden_weight > 0,
-            padded_queries=config.queries == "all",
-            allow_drift=targets.allow_pixel_drift,
-            passes=numbers,
-        )
-    tower, mean_heads, labels = tower_of(cache), "mean" in (spec.heads, config.heads), _answers(cache.labels, task)
-    return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
+    numbers = numbers_of(caches[0].cache, passes)
+    table = joined(shards, caches)
+    readers = [place.reader(shards, numbers) for place in asked_parts(targets, config)]
+    reader: Reader | None = readers[0]
+    if isinstance(targets, SeveralTargets):
+        names = [teacher.name for teacher in targets.teachers]
+        reader = SeveralReaders(names, readers) if any(readers) else None
+    mean_heads = any(averages_heads(part, own) for part, own in parts_of(targets, config))
+    answers = answering(targets)[0].targets.cache if isinstance(targets, SeveralTargets) else caches[0].cache
+    tower, labels = tower_of(caches[0].cache), _answers(answers.labels, task)
+    return TrainingPlan(caches[0].cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
 
 
-def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
-    """The numbers of passes in a cache.
+def _check_teacher(teacher: FusionTeacher, config: TrainConfig) -> None:
+    """Refuse a teacher that cannot give, at each step, what the losses compare.
 
     Raises:
-        CacheError: it lacks some.
+        TeacherError: its family lacks it.
     """
-    held = cache.spec.passes
-    lacking = [name for name in passes if RECIPES[name] not in held]
+    lacking = teacher.lacks(
+        padded_queries=bool(config.rows) and config.queries == "all",
+        whole=any(name in ("t2w", "i2w") for name in config.rows),
+        hidden=config.hidden_weight > 0,
+    )
+    if any(name not in teacher.directions for name in config.rows if name in ("t2i", "i2t")):
+        only = teacher.directions[0]
+        lacking.append(f"it has {only} attention alone: train with --directions {only}")
     if lacking:
-        raise CacheError(
-            f"{cache.name}: expected the passes {', '.join(passes)}, but it has {'; '.join(held)}; extract with "
-            f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
+        raise TeacherError(
+            f"a teacher of family {teacher.family.name} does not have all of this:{bullet_list(lacking)}"
         )
-    return [held.index(RECIPES[name]) for name in passes]
-
-
-def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int]) -> list[str]:
-    """What attention or hidden states need of a cache and it does not have, and how it would be had."""
-    if not spec.layers:
-        return ["attention maps: it keeps predictions alone; train with --set attention_weight=0"]
-    lacking = []
-    one_way = config.attention_weight and config.directions == "both" and len(spec.directions) < 2
-    if one_way:
-        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
-    elif any(name.startswith(("t2", "i2")) and name not in spec.rows for name in config.rows):
-        rows = ", ".join(spec.rows)
-        how = "extract with --targets cross,whole" if config.attention == "whole" else "train with other --directions"
-        lacking.append(f"attention rows {', '.join(config.rows)}: it has {rows}; {how}")
-    lacking += [
-        f"layer {layer}: it has {list(spec.layers)}; extract with --layers"
-        for layer in layers
-        if layer not in spec.layers
-    ]
-    if config.attention_weight and config.queries == "all" and spec.queries != "all":
-        lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
-    if config.attention_weight and config.heads == "all" and spec.heads == "mean":
-        lacking.append("attention head by head: it has their mean; extract with --heads all, or leave heads out")
-    whole = spec.steps is not None or (spec.k, spec.mass) == (None, None)
-    if config.attention_weight and config.heads == "mean" and spec.heads == "all" and not whole:
-        lacking.append("whole rows to average over the heads: it keeps " + spec.kept + "; extract with --heads mean")
-    if config.hidden_weight and spec.hidden_width is None:
-        lacking.append("hidden states: extract with --targets cross,hidden")
-    return lacking
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
@@ -265,22 +257,29 @@ def fit_student(student: DualEncoder, targets: Targets, config: TrainConfig, pla
         TeacherError: its heads cannot be compared with the teacher's.
         InputError: the layer map names blocks that it does not have, or layers that the teacher does not have.
     """
-    if isinstance(targets, LabelsOnly) or not config.reads_records:
-        return
-    pairs = layers_of(targets, config)
-    if isinstance(targets, OnlineTargets):
-        wrong = [pair.name for pair in pairs if pair.teacher >= targets.teacher.layers]
-        if wrong:
-            raise InputError(f"expected the teacher's layers 0 to {targets.teacher.layers - 1}, got {', '.join(wrong)}")
+    kept: list[int] = []
+    maps: list[nn.Module] = []
     shape = student.config.vilt()
-    check_blocks(pairs, shape.num_hidden_layers)
-    student.keep_blocks([pair.student for pair in pairs if pair.student is not None])
-    if config.attention_weight:
-        check_heads(student, targets, plan)
-    if config.hidden_weight:
-        cached = isinstance(targets, CachedTargets)
-        width = targets.cache.spec.hidden_width if cached else targets.teacher.width  # type: ignore[union-attr]
-        maps = [nn.Linear(shape.hidden_size, width or 0) for _ in pairs]
+    for part, own in parts_of(targets, config):
+        if isinstance(part, LabelsOnly) or not own.reads_records:
+            continue
+        pairs = layers_of(part, own)
+        if isinstance(part, OnlineTargets):
+            wrong = [pair.name for pair in pairs if pair.teacher >= part.teacher.layers]
+            if wrong:
+                raise InputError(
+                    f"expected the teacher's layers 0 to {part.teacher.layers - 1}, got {', '.join(wrong)}"
+                )
+        check_blocks(pairs, shape.num_hidden_layers)
+        kept += [pair.student for pair in pairs if pair.student is not None]
+        if own.attention_weight:
+            check_heads(student, part, averages_heads(part, own), plan)
+        if own.hidden_weight:
+            cached = isinstance(part, CachedTargets)
+            width = part.cache.spec.hidden_width if cached else part.teacher.width  # type: ignore[union-attr]
+            maps += [nn.Linear(shape.hidden_size, width or 0) for _ in pairs]
+    student.keep_blocks(sorted(set(kept)))
+    if maps:
         student.add_module(PROJECTIONS, nn.ModuleList(maps))
 
 
@@ -289,12 +288,12 @@ def exported(student: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{PROJECTIONS}.")}
 
 
-def check_heads(student: DualEncoder, targets: Targets, plan: TrainingPlan) -> None:
+def check_heads(student: DualEncoder, targets: Alone, mean_heads: bool, plan: TrainingPlan) -> None:
     """Refuse towers whose heads cannot be compared with the teacher's one by one."""
     have = student.config.vilt().num_attention_heads
     cached = isinstance(targets, CachedTargets)
     want = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
-    if not plan.mean_heads and have != want:
+    if not mean_heads and have != want:
         raise TeacherError(
             f"expected a student with the teacher's {want} attention heads, got {have}; train with --heads mean to "
             "compare their averages"

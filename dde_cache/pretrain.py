@@ -17,7 +17,7 @@ from dde_cache.pretext import Pretrainer
 from dde_cache.pretraining import EVALUATED, PretrainConfig, PretrainLosses, passes_of
 from dde_cache.ranks import Ranks
 from dde_cache.samples import Shard
-from dde_cache.sources import CachedTargets, Targets
+from dde_cache.sources import Targets, caches_of
 from dde_cache.stream import PairTable
 from dde_cache.student import DualEncoder, Head
 from dde_cache.tasks.retrieval import Retrieval, image_ranks, text_ranks
@@ -82,7 +82,8 @@ def _dataset(
     beside: list[PassName] = ["masked"] if config.language_weight or "masked" in passes else []
     beside += ["negative"] if "negative" in passes else []
     known: dict[str, PassName] = {recipe: name for name, recipe in RECIPES.items()}
-    held = targets.cache.spec.passes if isinstance(targets, CachedTargets) else (RECIPES["matched"],)
+    caches = caches_of(targets)
+    held = caches[0].cache.spec.passes if caches else (RECIPES["matched"],)
     # What a cache calls by a name that is not known has a number, but is not read.
     names: list[PassName] = [known.get(recipe, "matched") for recipe in held]
     return PairDataset(

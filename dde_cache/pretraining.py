@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dde_cache.batches import Batch
 from dde_cache.contrast import Everyone, contrastive_sum, everyone
-from dde_cache.distill import PROJECTIONS, StudentLosses, TrainConfig, student_output
+from dde_cache.distill import PROJECTIONS, TrainConfig, student_output
 from dde_cache.errors import InputError
 from dde_cache.passes import RECIPES, UNMASKED, PassName, of_pass, ordered
 from dde_cache.pretext import (
@@ -23,7 +23,8 @@ from dde_cache.pretext import (
     word_logits,
 )
 from dde_cache.ranks import Ranks
-from dde_cache.sources import CachedTargets, LabelsOnly, Targets
+from dde_cache.several import losses_of
+from dde_cache.sources import LabelsOnly, Targets, caches_of
 from dde_cache.student import DualEncoderOutput
 from dde_cache.terms import Objective, Sizes, Term, pairs
 
@@ -40,6 +41,7 @@ class PretrainConfig(TrainConfig):
     task: str = Field(default=EVALUATED, pattern=f"^{EVALUATED}$", description="by which the student is evaluated")
     soft_weight: float = Field(default=0.0, ge=0, le=0)
     hard_weight: float = Field(default=0.0, ge=0, le=0)
+    ranking_weight: float = Field(default=0.0, ge=0, le=0)
     temperature: float = Field(default=1.0, ge=1, le=1, description="of soft labels, of which there are none")
     head_learning_rate_factor: float = Field(
         default=1.0, ge=1, le=1, description="of a task head, of which there is none"
@@ -121,7 +123,7 @@ class PretrainLosses(Objective[Shown]):
     ) -> None:
         self._ranks, self._passes = ranks, tuple(passes)
         self._guesses = bool(config.language_weight)
-        self._attention = None if isinstance(targets, LabelsOnly) else StudentLosses(config, targets, mean_heads)
+        self._attention = None if isinstance(targets, LabelsOnly) else losses_of(config, targets, mean_heads)
         attention = self._attention.terms if self._attention is not None and config.reads_records else {}
         self._attends = bool(attention)
         table: dict[str, Term[Shown]] = {}
@@ -221,5 +223,6 @@ def passes_of(targets: Targets, config: PretrainConfig) -> tuple[PassName, ...]:
         return ()
     if config.passes is not None:
         return ordered(config.passes)
-    held = targets.cache.spec.passes if isinstance(targets, CachedTargets) else (RECIPES["matched"],)
+    caches = caches_of(targets)
+    held = caches[0].cache.spec.passes if caches else (RECIPES["matched"],)
     return tuple(name for name, recipe in RECIPES.items() if recipe in held)

@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
-from dde_cache.distill import StudentLosses, TrainConfig, student_output
+from dde_cache.distill import TrainConfig, student_output
 from dde_cache.files import replaced_folder
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.initial import MODEL, build_student
+from dde_cache.matching import Scores
 from dde_cache.prepare import TrainingPlan, exported, fit_student, likeness, plan_training
+from dde_cache.ranking import RankingReader, check_ranking, with_ranking
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
 from dde_cache.scores import Baselines
-from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets
+from dde_cache.several import losses_of, source_of
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, SeveralTargets, Targets, caches_of
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
@@ -47,7 +51,7 @@ class RunRecord(Model):
     shards: str
     valid: str | None
     targets: str
-    cache_fingerprint: str | None
+    cache_fingerprint: str | None = Field(description="of several caches all, with commas; null without a cache")
     init: str | None
     preset: str | None
     labels: tuple[str, ...]
@@ -56,6 +60,7 @@ class RunRecord(Model):
     best_step: int | None
     seconds: float
     wait_seconds: float
+    mining_round: int = Field(default=0, ge=0, description="of the candidates that were learned from; 0: none")
 
 
 def train(
@@ -66,6 +71,7 @@ def train(
     *,
     init: str | None = None,
     valid: Sequence[Shard] = (),
+    candidates: Scores | None = None,
     resume: bool = False,
     about: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
@@ -79,6 +85,7 @@ def train(
         config: losses and fit.
         init: ViLT checkpoint that both towers start from, or a run whose parts are taken; None: random weights.
         valid: data that chooses the best checkpoint.
+        candidates: mined ones, whose ranking by a teacher is learned.
         resume: go on from the newest checkpoint in `out`.
         about: `shards`, `valid`, `targets`, `init`, `preset` in the user's words, for the record.
         progress: hooks to show what happens.
@@ -88,6 +95,8 @@ def train(
     """
     task = load_task(config.task)
     plan = plan_training(shards, valid, targets, config, task)
+    check_ranking(candidates, shards, targets, config, task, init)
+    others = None if candidates is None else RankingReader(candidates, shards, plan.preprocessor, config.ranking_top)
     torch.manual_seed(config.seed)
     student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
     fit_student(student, targets, config, plan)
@@ -100,6 +109,7 @@ def train(
         full_text=config.queries == "all",
         encode=task.targets,
         recipe=plan.recipe,
+        others=others,
         identities=task.head == "similarity",
     )
     held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
@@ -108,9 +118,10 @@ def train(
         plan=plan,
         model=student,
         student=student,
-        objective=StudentLosses(config, targets, plan.mean_heads),
+        objective=with_ranking(losses_of(config, targets, plan.mean_heads), config),
         dataset=dataset,
         score=lambda: task.score(task.predict(output_of(student), held_out)),
+        candidates=candidates,
     )
     return follow(
         course, shards, targets, out, config, init=init, valid=valid, resume=resume, about=about, progress=progress
@@ -129,6 +140,7 @@ class Course:
         objective: what is minimised.
         dataset: what a step reads, by the numbers of the plan's pairs in their views.
         score: figures of the student on held-out data.
+        candidates: mined ones whose ranking is learned.
     """
 
     stage: Stage
@@ -138,6 +150,7 @@ class Course:
     objective: Objective[Any]
     dataset: PairDataset
     score: Callable[[], float | Mapping[str, float]]
+    candidates: Scores | None = None
 
 
 def follow(
@@ -161,14 +174,16 @@ def follow(
     """
     plan, student, ranks = course.plan, course.student, Ranks()
     check_batch_size(plan.table, config.batch_size)
-    if isinstance(targets, CachedTargets):
-        check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
+    for one in caches_of(targets):
+        check_first_views(one.cache, shards, plan.table, config, allow_drift=one.allow_pixel_drift)
     config = with_steps(config, len(plan.table))
 
     def begin() -> None:
         inputs = inputs_of(shards, valid, plan, targets, init)
         # Fine-tuning says nothing, so that runs of versions before there were stages go on.
-        open_run(out, config, resume=resume, inputs=inputs | ({"stage": course.stage} if course.stage != USUAL else {}))
+        inputs |= {"stage": course.stage} if course.stage != USUAL else {}
+        inputs |= {} if course.candidates is None else {"candidates": course.candidates.source}
+        open_run(out, config, resume=resume, inputs=inputs)
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 
     ranks.on_first(begin)
@@ -198,6 +213,8 @@ def inputs_of(
     """What a resumed run must share with its beginning, beside the settings."""
     if isinstance(targets, CachedTargets):
         source = f"cache {targets.cache.manifest.fingerprint}"
+    elif isinstance(targets, SeveralTargets):
+        source = source_of(targets)
     elif isinstance(targets, OnlineTargets):
         source = f"teacher {targets.teacher.weights_hash()}"
     else:
@@ -229,7 +246,7 @@ def record_of(
         shards=about.get("shards") or "",
         valid=about.get("valid"),
         targets=about.get("targets") or "",
-        cache_fingerprint=targets.cache.manifest.fingerprint if isinstance(targets, CachedTargets) else None,
+        cache_fingerprint=", ".join(one.cache.manifest.fingerprint for one in caches_of(targets)) or None,
         init=about.get("init"),
         preset=about.get("preset"),
         labels=tuple(course.plan.labels),
@@ -238,4 +255,5 @@ def record_of(
         best_step=result.best_step,
         seconds=round(result.seconds, 3),
         wait_seconds=round(result.wait_seconds, 3),
+        mining_round=0 if course.candidates is None else course.candidates.index.round,
     )

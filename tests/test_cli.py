@@ -190,10 +190,13 @@ def test_wrong_teachers(road, tmp_path):
 
     extraction(tmp_path / "nowhere", "expected a checkpoint folder, a hub id (owner/name) or `sample`")
     (tmp_path / "empty").mkdir()
-    extraction(tmp_path / "empty", "expected a folder or hub id with a ViLT checkpoint")
+    extraction(tmp_path / "empty", "expected a folder or hub id with a checkpoint of a fusion encoder")
     shape = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertModel(shape).save_pretrained(tmp_path / "bert")
-    extraction(tmp_path / "bert", "expected a fusion encoder (model_type vilt), got model_type bert")
+    extraction(
+        tmp_path / "bert",
+        "expected a fusion encoder (model_type vilt, bridgetower, blip, flava, lxmert), got model_type bert",
+    )
     resizing = shutil.copytree(road / "teacher", tmp_path / "resizing")
     path = resizing / "processor_config.json"
     settings = json.loads(path.read_text())
