@@ -274,10 +274,10 @@ def fit_student(student: DualEncoder, targets: Targets, config: TrainConfig, pla
         kept += [pair.student for pair in pairs if pair.student is not None]
         if own.attention_weight:
             check_heads(student, part, averages_heads(part, own), plan)
-        if own.hidden_weight:
+        for kind in own.states:
             cached = isinstance(part, CachedTargets)
-            width = part.cache.spec.hidden_width if cached else part.teacher.width  # type: ignore[union-attr]
-            maps += [nn.Linear(shape.hidden_size, width or 0) for _ in pairs]
+            width = getattr(part.cache.spec, f"{kind}_width") if cached else part.teacher.width  # type: ignore[union-attr]
+            maps += [nn.Linear(shape.hidden_size, width) for _ in pairs]
     student.keep_blocks(sorted(set(kept)))
     if maps:
         student.add_module(PROJECTIONS, nn.ModuleList(maps))
