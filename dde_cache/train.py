@@ -110,6 +110,7 @@ def train(
         encode=task.targets,
         recipe=plan.recipe,
         others=others,
+        identities=task.head == "similarity",
     )
     held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
     course = Course(

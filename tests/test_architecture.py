@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ ORDER = (
     "bounds", "images", "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit",
     "candidates", "preprocess", "vilt", "teachers", "views", "passes", "partners", "audit", "drift", "assets",
     "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share", "staging",
-    "subset", "merge", "checkpoint", "teacher", "student", "initial", "pretext", "losses", "join", "lookup", "targets",
-    "agreement", "batches", "terms", "encoder", "records", "buckets", "ranks", "scores", "tasks", "runs", "replay",
-    "interrupt", "optimizer", "clock", "fit", "choices", "sources", "distill", "several", "pretraining", "presets",
-    "teach", "identity", "plan", "extract", "recompute", "verify", "matching", "scoring", "repair", "summary",
-    "importers", "asked", "prepare", "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery",
-    "figures", "compare", "sheet", "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed",
-    "predict", "search", "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study",
+    "subset", "merge", "checkpoint", "teacher", "student", "initial", "ranks", "contrast", "pretext", "losses", "join",
+    "lookup", "targets", "agreement", "batches", "terms", "encoder", "records", "buckets", "scores", "tasks", "runs",
+    "replay", "interrupt", "optimizer", "clock", "fit", "choices", "sources", "distill", "several", "pretraining",
+    "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "matching", "scoring", "repair",
+    "summary", "importers", "asked", "prepare", "inference", "ranking", "train", "pretrain", "evaluate", "seen",
+    "gallery", "figures", "compare", "sheet", "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings",
+    "embed", "predict", "search", "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study",
     "study_report",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
@@ -29,6 +30,7 @@ ORDER = (
 MAX_LINES, MAX_FUNCTION = 350, 55
 
 
+@cache
 def tree_of(path):
     return ast.parse(path.read_text(), str(path))
 
