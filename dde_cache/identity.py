@@ -252,7 +252,9 @@ def _check_family(teacher: FusionTeacher, config: ExtractConfig) -> None:
             "a detector found. Ask it from Python, with a RegionBatch; see docs/how-to/write-a-teacher-adapter.md"
         )
     lacking = teacher.lacks(
-        padded_queries=config.queries == "all", whole="whole" in config.targets, hidden="hidden" in config.targets
+        padded_queries=config.queries == "all",
+        whole="whole" in config.targets,
+        hidden=bool({"hidden", "pooled"} & set(config.targets)),
     )
     if lacking:
         raise InputError(f"a teacher of family {family.name} does not have this:{bullet_list(lacking)}")

@@ -206,15 +206,13 @@ def _check_teacher(teacher: FusionTeacher, config: TrainConfig) -> None:
     lacking = teacher.lacks(
         padded_queries=bool(config.rows) and config.queries == "all",
         whole=any(name in ("t2w", "i2w") for name in config.rows),
-        hidden=config.hidden_weight > 0,
+        hidden=bool(config.states),
     )
     if any(name not in teacher.directions for name in config.rows if name in ("t2i", "i2t")):
         only = teacher.directions[0]
         lacking.append(f"it has {only} attention alone: train with --directions {only}")
     if lacking:
-        raise TeacherError(
-            f"a teacher of family {teacher.family.name} does not have all of this:{bullet_list(lacking)}"
-        )
+        raise TeacherError(f"a teacher of family {teacher.family.name} does not have this:{bullet_list(lacking)}")
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
