@@ -81,10 +81,8 @@ class States(NamedTuple):
     @property
     def arrays(self) -> dict[str, str]:
         """The arrays of text and picture by name, with their types; `int8` has a scale for each vector."""
-        sides = [f"{self.group}/{side}" for side in ("text", "image")]
-        if self.codec == "float16":
-            return dict.fromkeys(sides, "float16")
-        return {name: dtype for side in sides for name, dtype in ((side, "int8"), (f"{side}_scale", "float32"))}
+        made = {"": "float16"} if self.codec == "float16" else {"": "int8", "_scale": "float32"}
+        return {f"{self.group}/{side}{end}": dtype for side in ("text", "image") for end, dtype in made.items()}
 
 
 class TeacherIdentity(Model):
