@@ -9,8 +9,9 @@ demo: $(VENV)/ready
 	$(BIN)/dde-cache demo --out demo-out
 
 # A file's tests stay in one process: they share what takes longest to make. The processes share nothing.
+# In the order of their names: by the number of tests, the files with few long ones would come last, one process waiting.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
