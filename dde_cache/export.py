@@ -34,7 +34,8 @@ from dde_cache.inference import Student
 from dde_cache.spec import Line, Model, Sha256
 from dde_cache.staging import check_free
 from dde_cache.store import write_text
-from dde_cache.student import DualEncoder, ImageTower, TextTower
+from dde_cache.student import DualEncoder
+from dde_cache.towers.twins import ImageTower, TextTower
 
 RECORD = "export.json"
 TOLERANCE = 1e-4

@@ -9,9 +9,11 @@ from transformers import ViltConfig
 
 from dde_cache.batches import check_labels
 from dde_cache.choices import check_blocks
-from dde_cache.distill import PROJECTIONS, TrainConfig
+from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
+from dde_cache.initial import begin_student
 from dde_cache.join import join
+from dde_cache.match import Matched, attention_maps, axes_of, check_texts, describe_axes, describe_maps
 from dde_cache.passes import RECIPES, PassName, ordered
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
@@ -19,10 +21,11 @@ from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets,
 from dde_cache.spec import TargetSpec
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable
-from dde_cache.student import DualEncoder
+from dde_cache.student import DualEncoder, Head
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
 from dde_cache.teacher import read_config, resolve
+from dde_cache.tokens import TokenAligner, same_tokens
 from dde_cache.views import ViewRecipe, parse_recipe
 
 
@@ -231,44 +234,99 @@ def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task,
     return expected or 1
 
 
-def fit_student(student: DualEncoder, targets: Targets, config: TrainConfig, plan: TrainingPlan) -> None:
-    """Let a student give what the losses compare: the blocks of the layer map, and projections of its hidden states.
+@dataclass(frozen=True)
+class Ready:
+    """A student that can be trained.
+
+    Attributes:
+        student: with what its losses need.
+        preprocessor: that it will be used with.
+        reads: that makes the training batches; the teacher's where targets are of its tokens.
+        tokens: reads texts for the student too, where its tokens are others than those of `reads`.
+        matched: how it stands to the teacher.
+    """
+
+    student: DualEncoder
+    preprocessor: Preprocessor
+    reads: Preprocessor
+    tokens: TokenAligner | None
+    matched: Matched
+
+
+def ready_student(
+    plan: TrainingPlan, targets: Targets, config: TrainConfig, init: str | None, head: Head, shards: Sequence[Shard]
+) -> Ready:
+    """Begin a student, and let it give what the losses compare.
+
+    Raises:
+        TeacherError, RunError, InputError: as `begin_student` and `fit_student`.
+    """
+    named = {"text_tower": config.text_tower, "image_tower": config.image_tower}
+    begun = begin_student(plan.tower, plan.labels, config.dropout, init, head, plan.preprocessor, **named)
+    alone = isinstance(targets, LabelsOnly) or same_tokens(plan.preprocessor, begun.preprocessor)
+    tokens = None if alone else TokenAligner(plan.preprocessor, begun.preprocessor)
+    matched = fit_student(begun.student, targets, config, plan, tokens, shards)
+    reads = begun.preprocessor if alone else plan.preprocessor
+    return Ready(begun.student, begun.preprocessor, reads, tokens, matched)
+
+
+def fit_student(
+    student: DualEncoder,
+    targets: Targets,
+    config: TrainConfig,
+    plan: TrainingPlan,
+    tokens: TokenAligner | None = None,
+    shards: Sequence[Shard] = (),
+) -> Matched:
+    """Let a student give what the losses compare: the blocks of the layer map, maps of its heads and hidden states.
+
+    Args:
+        student: gets the maps as modules.
+        targets: what it is compared with.
+        config: losses.
+        plan: of the training.
+        tokens: where the student has a tokenizer of its own.
+        shards: whose texts and first picture are looked at where the student has tokens of its own.
 
     Raises:
         TeacherError: its heads cannot be compared with the teacher's.
-        InputError: the layer map names blocks that it does not have, or layers that the teacher does not have.
+        InputError: the layer map names blocks that it does not have, or layers that the teacher does not have; or its
+            tokens cannot be compared with the teacher's.
     """
     if isinstance(targets, LabelsOnly) or not config.reads_records:
-        return
+        return Matched()
     pairs = layers_of(targets, config)
     if isinstance(targets, OnlineTargets):
         wrong = [pair.name for pair in pairs if pair.teacher >= targets.teacher.layers]
         if wrong:
             raise InputError(f"expected the teacher's layers 0 to {targets.teacher.layers - 1}, got {', '.join(wrong)}")
-    shape = student.config.vilt()
-    check_blocks(pairs, shape.num_hidden_layers)
+    check_blocks(pairs, min(tower.depth for tower in student.towers))
     student.keep_blocks([pair.student for pair in pairs if pair.student is not None])
+    axes = axes_of(student, tokens, config)
+    notes: list[str] = []
     if config.attention_weight:
-        check_heads(student, targets, plan)
+        cached = isinstance(targets, CachedTargets)
+        heads = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
+        maps = attention_maps(student, plan.tower, heads, len(pairs), mean_heads=plan.mean_heads)
+        if maps is not None:
+            student.add_module(ATTENTION_MAPS, maps)
+            notes.append(describe_maps(student, heads, plan.tower.hidden_size // plan.tower.num_attention_heads))
+        if axes.image is not None:
+            picture = shards[0].read(shards[0].keys[0]).images[0]
+            notes += describe_axes(student, axes, plan.preprocessor.grid(*picture.size()))
+        elif not axes.alike:
+            notes += describe_axes(student, axes, (0, 0))
+        if tokens is not None:
+            notes += check_texts(shards, tokens, drop=axes.drop)
     if config.hidden_weight:
         cached = isinstance(targets, CachedTargets)
         width = targets.cache.spec.hidden_width if cached else targets.teacher.width  # type: ignore[union-attr]
-        maps = [nn.Linear(shape.hidden_size, width or 0) for _ in pairs]
-        student.add_module(PROJECTIONS, nn.ModuleList(maps))
+        projections = [nn.Linear(student.towers[0].width, width or 0) for _ in pairs]
+        student.add_module(PROJECTIONS, nn.ModuleList(projections))
+    return Matched(axes, tuple(notes))
 
 
 def exported(student: nn.Module) -> dict[str, Tensor]:
     """The weights of a student without what served its training alone."""
-    return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{PROJECTIONS}.")}
-
-
-def check_heads(student: DualEncoder, targets: Targets, plan: TrainingPlan) -> None:
-    """Refuse towers whose heads cannot be compared with the teacher's one by one."""
-    have = student.config.vilt().num_attention_heads
-    cached = isinstance(targets, CachedTargets)
-    want = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
-    if not plan.mean_heads and have != want:
-        raise TeacherError(
-            f"expected a student with the teacher's {want} attention heads, got {have}; train with --heads mean to "
-            "compare their averages"
-        )
+    alone = tuple(f"{name}." for name in (PROJECTIONS, ATTENTION_MAPS))
+    return {name: value for name, value in student.state_dict().items() if not name.startswith(alone)}

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size
+from dde_cache.errors import InputError, bullet_list
 from dde_cache.fit import Fit, Progress
-from dde_cache.initial import MODEL, build_student
+from dde_cache.initial import MODEL
+from dde_cache.model_card import CARD, student_card
 from dde_cache.passes import RECIPES, PassName
-from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
+from dde_cache.prepare import Ready, TrainingPlan, exported, plan_training, ready_student
 from dde_cache.pretext import Pretrainer
 from dde_cache.pretraining import EVALUATED, PretrainConfig, PretrainLosses, passes_of
 from dde_cache.ranks import Ranks
@@ -26,7 +28,7 @@ from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
 from dde_cache.student import Head
 from dde_cache.tasks.retrieval import Retrieval, image_ranks, text_ranks
-from dde_cache.train import BASELINES, RUN, RunRecord, inputs_of, output_of, record_of
+from dde_cache.train import BASELINES, RUN, RunRecord, announce, inputs_of, output_of, record_of
 
 
 def pretrain(
@@ -60,16 +62,19 @@ def pretrain(
     task, passes = Retrieval(), passes_of(targets, config)
     plan = plan_training(shards, valid, targets, config, task, passes or ("matched",))
     torch.manual_seed(config.seed)
-    student = build_student(plan.tower, (), config.dropout, init, Head("pretraining", 1, EVALUATED))
-    fit_student(student, targets, config, plan)
+    ready = ready_student(plan, targets, config, init, Head("pretraining", 1, EVALUATED), shards)
+    student = ready.student
+    _check_words(ready, config, passes)
     check_batch_size(plan.table, config.batch_size)
     if isinstance(targets, CachedTargets):
         check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
-    dataset = _dataset(shards, plan, config, targets, passes)
+    dataset = _dataset(shards, plan, config, targets, passes, ready)
     config = with_steps(config, len(plan.table))
     ranks = Ranks()
+    card = student_card(student, targets, config, shards, valid, init, ready.matched.notes)
 
     def begin() -> None:
+        announce(ready, progress)
         about_run = inputs_of(shards, valid, plan, targets, init) | {"stage": "pretrain"}
         open_run(out, config, resume=resume, inputs=about_run)
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
@@ -79,7 +84,8 @@ def pretrain(
     def save(model: nn.Module) -> None:
         student = model.student
         student.save_pretrained(out / MODEL, state_dict=exported(student))  # type: ignore[union-attr, operator, arg-type]
-        plan.preprocessor.save(out / MODEL)
+        ready.preprocessor.save(out / MODEL)
+        write_text(out / MODEL / CARD, card)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:
         sides = 1 + config.remap_flips
@@ -88,10 +94,10 @@ def pretrain(
 
     fit = Fit(
         Pretrainer(student),
-        PretrainLosses(config, targets, plan.mean_heads, passes, ranks),
+        PretrainLosses(config, targets, plan.mean_heads, passes, ranks, ready.matched.axes),
         config,
         out,
-        validate=(lambda model: _recalls(model, valid, plan)) if valid else None,
+        validate=(lambda model: _recalls(model, valid, ready)) if valid else None,
         save_best=save,
         progress=progress,
     )
@@ -108,6 +114,7 @@ def _dataset(
     config: PretrainConfig,
     targets: Targets,
     passes: Sequence[PassName],
+    ready: Ready,
 ) -> PairDataset:
     """What a step reads: masked texts always where words are guessed, strange pictures where their attention is."""
     beside: list[PassName] = ["masked"] if config.language_weight or "masked" in passes else []
@@ -119,7 +126,7 @@ def _dataset(
     return PairDataset(
         shards,
         plan.table.in_views(plan.views, 1 + config.remap_flips),
-        plan.preprocessor,
+        ready.reads,
         (),
         plan.reader,
         full_text=config.queries == "all",
@@ -130,13 +137,30 @@ def _dataset(
         taught=passes,
         partners=plan.reader,
         identities=True,
+        tokens=ready.tokens,
     )
 
 
-def _recalls(model: nn.Module, valid: Sequence[Shard], plan: TrainingPlan) -> Mapping[str, float]:
+def _check_words(ready: Ready, config: PretrainConfig, passes: Sequence[PassName]) -> None:
+    """Refuse to guess words with a text tower that has others.
+
+    Raises:
+        InputError: masked words are asked for, and the text tower is no twin; or their attention, and its tokens are
+            others.
+    """
+    wrong = []
+    if config.language_weight and ready.student.config.text is not None:
+        wrong.append("masked words are guessed with the word embeddings of a twin; train with --set language_weight=0")
+    if "masked" in passes and ready.tokens is not None:
+        wrong.append("the teacher's masked words are tokens of its own; train with --passes matched,negative")
+    if wrong:
+        raise InputError(f"this pre-training does not suit the text tower:{bullet_list(wrong)}")
+
+
+def _recalls(model: nn.Module, valid: Sequence[Shard], ready: Ready) -> Mapping[str, float]:
     """R@1 both ways on held-out shards, and their mean, by which the best checkpoint is chosen."""
     task = Retrieval()
-    held_out = PairDataset(valid, PairTable.of(valid), plan.preprocessor, (), encode=task.targets)
+    held_out = PairDataset(valid, PairTable.of(valid), ready.preprocessor, (), encode=task.targets)
     vectors = task.predict(output_of(model.student), held_out)  # type: ignore[arg-type]
     found = {
         name: float((ranks(vectors) < 1).float().mean())

@@ -14,8 +14,9 @@ from dde_cache import __version__
 from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size, to_device
 from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.fit import Fit, FitResult, Progress
-from dde_cache.initial import MODEL, build_student
-from dde_cache.prepare import TrainingPlan, exported, fit_student, plan_training
+from dde_cache.initial import MODEL
+from dde_cache.model_card import CARD, student_card
+from dde_cache.prepare import Ready, TrainingPlan, exported, plan_training, ready_student
 from dde_cache.ranks import Ranks
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
@@ -85,22 +86,24 @@ def train(
     task = load_task(config.task)
     plan = plan_training(shards, valid, targets, config, task)
     torch.manual_seed(config.seed)
-    student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
-    fit_student(student, targets, config, plan)
+    ready = ready_student(plan, targets, config, init, Head(task.head, plan.images, config.task), shards)
+    student = ready.student
     sides, full_text = 1 + config.remap_flips, config.queries == "all"
     table = plan.table.in_views(plan.views, sides)
-    read = plan.preprocessor, plan.labels
+    read = ready.reads, plan.labels, plan.reader
     dataset = PairDataset(
-        shards, table, *read, plan.reader, full_text=full_text, encode=task.targets, recipe=plan.recipe
+        shards, table, *read, full_text=full_text, encode=task.targets, recipe=plan.recipe, tokens=ready.tokens
     )
     check_batch_size(plan.table, config.batch_size)
     if isinstance(targets, CachedTargets):
         check_first_views(targets.cache, shards, plan.table, config, allow_drift=targets.allow_pixel_drift)
-    held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
+    held_out = PairDataset(valid, PairTable.of(valid), ready.preprocessor, plan.labels, encode=task.targets)
     config = with_steps(config, len(plan.table))
     ranks = Ranks()
+    card = student_card(student, targets, config, shards, valid, init, ready.matched.notes)
 
     def begin() -> None:
+        announce(ready, progress)
         open_run(out, config, resume=resume, inputs=inputs_of(shards, valid, plan, targets, init))
         write_text(out / BASELINES, Baselines.of(shards).model_dump_json(indent=1) + "\n")
 
@@ -108,7 +111,8 @@ def train(
 
     def save(model: nn.Module) -> None:
         model.save_pretrained(out / MODEL, state_dict=exported(model))  # type: ignore[operator]
-        plan.preprocessor.save(out / MODEL)
+        ready.preprocessor.save(out / MODEL)
+        write_text(out / MODEL / CARD, card)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:
         order = order_in_views(plan.table, plan.views, config, step, config.steps, share, sides=sides)
@@ -116,7 +120,7 @@ def train(
 
     fit = Fit(
         student,
-        StudentLosses(config, targets, plan.mean_heads),
+        StudentLosses(config, targets, plan.mean_heads, ready.matched.axes),
         config,
         out,
         validate=(lambda model: task.score(task.predict(output_of(model), held_out))) if valid else None,
@@ -129,6 +133,12 @@ def train(
     record = record_of(result, plan.labels, targets, about or {}, config.task, "finetune")
     ranks.on_first(lambda: write_text(out / RUN, record.model_dump_json(indent=2) + "\n"))
     return record
+
+
+def announce(ready: Ready, progress: Progress | None) -> None:
+    """Say how a student stands to its teacher, where it is not token by token and head by head."""
+    for note in ready.matched.notes if progress else ():
+        progress.note(note)  # type: ignore[union-attr]
 
 
 def inputs_of(

@@ -13,14 +13,14 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 ORDER = (
     "errors", "files", "spec", "pages", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images",
     "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views",
-    "passes", "partners", "audit", "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch",
-    "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "student", "initial",
-    "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms", "encoder", "records",
-    "buckets", "ranks", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices",
-    "sources", "distill", "pretraining", "presets", "teach", "identity", "plan", "extract", "recompute", "verify",
-    "repair", "summary", "importers", "prepare", "train", "pretrain", "evaluate", "seen", "gallery", "figures",
-    "compare", "sheet", "doctor", "inference", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict",
-    "search", "export", "demo",
+    "tokens", "passes", "partners", "audit", "drift", "assets", "manifest", "store", "card", "network", "remote",
+    "fetch", "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "towers",
+    "align", "student", "initial", "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms",
+    "encoder", "records", "buckets", "ranks", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock",
+    "fit", "choices", "sources", "match", "distill", "pretraining", "model_card", "presets", "teach", "identity",
+    "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train", "pretrain",
+    "evaluate", "seen", "gallery", "figures", "compare", "sheet", "doctor", "inference", "pictures", "questions",
+    "stored_rows", "embeddings", "embed", "predict", "search", "export", "demo",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
@@ -97,8 +97,8 @@ def test_who_knows_what():
         "nlvr.py",  # reads the official tar of a data set; no shards
         "official.py",  # pictures of data sets in a tar
     }
-    vilt = {"teacher.py", "vilt.py", "student.py", "teach.py", "preprocess.py"}
-    shape_alone = {"sources.py", "initial.py", "prepare.py"}
+    vilt = {"teacher.py", "vilt.py", "student.py", "twins.py", "teach.py", "preprocess.py"}
+    shape_alone = {"sources.py", "initial.py", "prepare.py", "match.py"}
     assert users_of(lambda name: "transformers" in name and "vilt" in name.lower()) <= vilt | shape_alone
     assert users_of(lambda name: name.startswith("transformers.Vilt") and name != "transformers.ViltConfig") <= vilt
     assert users_of(lambda name: name.split(".")[0] == "zarr") <= {"arrays.py"}
