@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dde_cache.attention import Attention, SparseAttention, attention_logits, mask_keys
 from dde_cache.errors import InputError
+from dde_cache.losses import log_attention
 from dde_cache.towers.contract import PatchLayout
 from dde_cache.vilt import image_tokens
 
@@ -152,6 +153,8 @@ def aligned_log(
         queries, keys: maps of both axes; None: the teacher's own tokens.
         mean_heads: average the probabilities over the heads; the head axis then has length 1.
     """
+    if queries is None and keys is None:
+        return log_attention(query, key, key_mask, mean_heads=mean_heads), key_mask
     valid = key_mask if keys is None else key_mask & keys.counted
     with torch.autocast(query.device.type, enabled=False):
         rows = mask_keys(attention_logits(query, key, query.shape[-1] ** -0.5), valid).softmax(-1)

@@ -1,8 +1,8 @@
 """Recipe: a student as ONNX files, the two towers and the head apart, each checked against torch.
 
     OUT/text_tower.onnx    input_ids, attention_mask [batch, tokens] int64 -> vector [batch, width]
-    OUT/image_tower.onnx   pixel_values [batch, 3, height, width] float32 -> vector; of students of two pictures also
-                           image_slot [1] int64 (0 or 1)
+    OUT/image_tower.onnx   pixel_values [batch, 3, height, width] float32 -> vector; of students of two pictures whose
+                           tower is a twin also image_slot [1] int64 (0 or 1)
     OUT/head.onnx          text, image (and second) vectors [pairs, width] -> logits [pairs, answers]; of students of
                            retrieval: text [texts, width], image [images, width] -> cosine [texts, images]
     OUT/export.json        what the files are, and how far they were from torch
@@ -35,7 +35,9 @@ from dde_cache.spec import Line, Model, Sha256
 from dde_cache.staging import check_free
 from dde_cache.store import write_text
 from dde_cache.student import DualEncoder
-from dde_cache.towers.twins import ImageTower, TextTower
+from dde_cache.towers.contract import Tower
+from dde_cache.towers.hugging_face import HuggingFaceImageTower
+from dde_cache.towers.twins import ImageTower
 
 RECORD = "export.json"
 TOLERANCE = 1e-4
@@ -71,7 +73,7 @@ class ExportRecord(Model):
 class TextSide(nn.Module):
     """The text tower as a function of tensors."""
 
-    def __init__(self, tower: TextTower) -> None:
+    def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
 
@@ -80,8 +82,20 @@ class TextSide(nn.Module):
         return self.tower(input_ids, attention_mask).pooled
 
 
+class WholeImageSide(nn.Module):
+    """An image tower that sees every picture at one size, on pictures of one size of the run."""
+
+    def __init__(self, tower: HuggingFaceImageTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Float[Tensor, "b c y x"]) -> Float[Tensor, "b w"]:
+        """Encode pictures that fill the whole canvas."""
+        return self.tower.encode(self.tower.squeeze(pixel_values)).pooled
+
+
 class ImageSide(nn.Module):
-    """The image tower on pictures of one size.
+    """The twin of ViLT on pictures of one size.
 
     Learned positions are stretched to the patch grid by two small products: bilinear weights with the corners aligned
     are what `embed_patches` takes, and rows and columns stay free in the graph.
@@ -205,7 +219,8 @@ def parts_of(student: Student) -> dict[str, Part]:
     """The files with inputs to check them on: batches of one and of more, short and long texts, several patch grids."""
     random = torch.Generator().manual_seed(0)
     model, shape = student.model, student.model.config.vilt()
-    length, patch, words = student.preprocessor.text_length, student.preprocessor.patch_size, shape.vocab_size
+    length, patch = student.preprocessor.text_length, student.preprocessor.patch_size
+    words = len(student.preprocessor.processor.tokenizer)
     texts = []
     for batch, tokens in ((2, min(5, length)), (1, min(3, length)), (3, length)):
         mask = torch.ones(batch, tokens, dtype=torch.long)
@@ -223,7 +238,9 @@ def parts_of(student: Student) -> dict[str, Part]:
         )
     ]
     slots = [torch.tensor([number % 2]) for number in range(len(pictures))]
-    if student.images == 2:
+    twin = isinstance(model.image_tower, ImageTower)
+    marked = twin and student.images == 2
+    if marked:
         pictures = [one | {"image_slot": slot} for one, slot in zip(pictures, slots, strict=True)]
     tokens_axis = {0: Dim("batch"), 1: Dim("tokens", max=length)}
     pixel_axes = {0: Dim("batch"), 2: patch * Dim("rows"), 3: patch * Dim("columns")}
@@ -243,10 +260,10 @@ def parts_of(student: Student) -> dict[str, Part]:
             lambda input_ids, attention_mask: model.text_tower(input_ids, attention_mask).pooled,
         ),
         "image_tower": Part(
-            ImageSide(model.image_tower),
+            ImageSide(model.image_tower) if twin else WholeImageSide(model.image_tower),
             "vector",
             pictures,
-            {"pixel_values": pixel_axes} | ({"image_slot": {}} if student.images == 2 else {}),
+            {"pixel_values": pixel_axes} | ({"image_slot": {}} if marked else {}),
             encode_image,
         ),
     }

@@ -26,6 +26,7 @@ from dde_cache.store import Cache, write_text
 from dde_cache.stream import Pair, PairTable
 from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
+from dde_cache.tokens import TokenAligner, same_tokens
 from dde_cache.views import parse_recipe
 
 Order = Literal["keys", "divergence", "kept mass", "spread"]
@@ -82,6 +83,7 @@ class _Student:
     labels: tuple[str, ...]
     layer: int | None
     layer_map: str | None
+    heads: str | None
 
 
 def view(
@@ -117,11 +119,17 @@ def view(
     order, numbers = _candidates(cache, table, choice, student is not None)
     views = cache.spec.views
     numbers = [number * views + choice.view for number in numbers]
-    preprocessor = student.preprocessor if student else cache.preprocessor()
+    preprocessor = cache.preprocessor()
+    tokens = None
+    if student and same_tokens(preprocessor, student.preprocessor):
+        preprocessor = student.preprocessor
+    elif student:
+        tokens = TokenAligner(preprocessor, student.preprocessor)
     reader = CacheTargets(cache, shards, layer)
     in_views, recipe = table.in_views(views), parse_recipe(cache.spec.view)
-    dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe)
-    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None)
+    dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe, tokens=tokens)
+    own = {"tokens": tokens is not None, "mean_heads": student is not None and student.heads == "mean"}
+    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None, **own)
     among = len(numbers)
     count = among if order == "keys" else min(choice.count, among)
     ranked = order in ("divergence", "kept mass")
@@ -184,7 +192,8 @@ def _load(run: Path, device: str) -> _Student:
     model, preprocessor = load_student(run)
     settings = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    return _Student(model.to(target).eval(), preprocessor, labels, settings.get("layer"), settings.get("layer_map"))
+    learnt = (settings.get(name) for name in ("layer", "layer_map", "heads"))
+    return _Student(model.to(target).eval(), preprocessor, labels, *learnt)
 
 
 def _layer(cache: Cache, choice: Choice, student: _Student | None) -> int:

@@ -15,7 +15,7 @@ ORDER = (
     "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "preprocess", "views",
     "tokens", "passes", "partners", "audit", "drift", "assets", "manifest", "store", "card", "network", "remote",
     "fetch", "streamed", "hub", "objects", "share", "staging", "subset", "merge", "vilt", "teacher", "towers",
-    "align", "student", "initial", "pretext", "losses", "join", "lookup", "targets", "agreement", "batches", "terms",
+    "student", "initial", "pretext", "losses", "align", "join", "lookup", "targets", "agreement", "batches", "terms",
     "encoder", "records", "buckets", "ranks", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock",
     "fit", "choices", "sources", "match", "distill", "pretraining", "model_card", "presets", "teach", "identity",
     "plan", "extract", "recompute", "verify", "repair", "summary", "importers", "prepare", "train", "pretrain",

