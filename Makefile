@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint schemas clean
+.PHONY: demo test lint schemas cli-docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/dde-cache demo --out demo-out
 
+# A file's tests stay in one process: they share what takes longest to make. The processes share nothing.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -18,6 +19,9 @@ lint: $(VENV)/ready
 
 schemas: $(VENV)/ready
 	$(BIN)/python -m dde_cache.schemas
+
+cli-docs: $(VENV)/ready
+	$(BIN)/python -m dde_cache.cli.reference > docs/cli.md
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("expected Python 3.11 or newer, got " + sys.version) if sys.version_info < (3, 11) else None'

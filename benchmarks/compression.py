@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -393,6 +394,42 @@ def show(truth: Truth, rows: Sequence[Row], bounds: Mapping[str, tuple[float, fl
     )
 
 
+def _annotate(axes: Any, named: Sequence[tuple[tuple[float, float], str]]) -> None:
+    """Write each point's name where it covers no other point or name, as near as may be, with a line to its point."""
+    size, wide = 7, 0.6
+    low, high = axes.bbox.x0 * 72 / axes.figure.dpi, axes.bbox.x1 * 72 / axes.figure.dpi
+    points = np.array([axes.transData.transform(point) for point, _ in named]) * 72 / axes.figure.dpi
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for (point, name), (x, y) in zip(named, points, strict=True):
+        width = wide * size * len(name)
+        places = [
+            (side * far if side else -width / 2, rise)
+            for rise in sorted(range(-45, 50, 3), key=abs)
+            for side, far in ((1, 7), (-1, width + 7), (0, 0), (1, 30), (-1, width + 30))
+        ]
+        boxes = [(x + right - 1, y + up - size / 2, x + right + width + 1, y + up + size / 2) for right, up in places]
+        free = [
+            (abs(up) + 0.3 * min(abs(right), abs(right + width)), -right, up, box)
+            for (right, up), box in zip(places, boxes, strict=True)
+            if low < box[0]
+            and box[2] < high
+            and not any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
+            )
+        ]
+        _, left, up, box = min(free, default=(0, -7, 0, boxes[0]))
+        taken.append(box)
+        axes.annotate(
+            name,
+            point,
+            xytext=(-left, up),
+            textcoords="offset points",
+            fontsize=size,
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey", "shrinkA": 0, "shrinkB": 2},
+        )
+
+
 def plot(truth: Truth, rows: Sequence[Row], path: Path) -> None:
     """Draw size against loss error."""
     import matplotlib
@@ -407,27 +444,24 @@ def plot(truth: Truth, rows: Sequence[Row], path: Path) -> None:
         "log8": ("log8 (sparse, tail mass)", "s"),
         "": ("general recipes", "^"),
     }
+    named = []
     for family, (label, marker) in families.items():
         mine = [
             row
             for row in rows
             if (row.name.startswith(family) if family else not row.name.startswith(("sqrt8", "log8")))
         ]
-        axes.plot(
-            [dense / row.bytes_a_pair for row in mine], [100 * row.loss_error for row in mine], marker, label=label
-        )
-        for number, row in enumerate(mine):
-            # Above and below by turns: neighbours would write over each other.
-            axes.annotate(
-                row.name.removeprefix(f"{family}, ").removesuffix(f", zstd {LEVEL}"),
-                (dense / row.bytes_a_pair, 100 * row.loss_error),
-                xytext=(4, 5 if number % 2 else -9),
-                textcoords="offset points",
-                fontsize=6,
-            )
+        points = [(dense / row.bytes_a_pair, 100 * row.loss_error) for row in mine]
+        axes.plot(*zip(*points, strict=True), marker, label=label)
+        named += [
+            (point, row.name.removeprefix(f"{family}, ").removesuffix(f", zstd {LEVEL}"))
+            for point, row in zip(points, mine, strict=True)
+        ]
     axes.axhline(1, color="grey", linewidth=0.5)
     axes.set(xlabel="dense float16 / stored", ylabel="error of the attention loss, %", yscale="log")
-    axes.legend()
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(loc="lower right")
+    _annotate(axes, named)
     figure.savefig(path)
 
 

@@ -28,12 +28,14 @@ COMMANDS = {
     "pull": "Fetch a cache that somebody shares.",
     "train": "Train a dual encoder, with targets streamed from a cache.",
     "eval": "Accuracy of a student or a teacher by kind of question.",
+    "mine": "List hard negatives for a teacher to score.",
     "embed": "Encode pictures or texts once, into a store of vectors.",
     "predict": "Answer questions about stored pictures.",
     "search": "Find stored pictures for a text, or texts for a picture.",
     "export": "Write a student as ONNX files.",
     "view": "Write a page that shows attention over pictures.",
     "report": "Write a page that shows runs side by side.",
+    "study": "Train students that differ in one thing, and say what that shows.",
     "doctor": "Say what is installed here, and whether it works.",
     "demo": "The whole road with the sample teacher, and one table.",
 }
@@ -70,7 +72,8 @@ class Commands(TyperGroup):
             errors.print("(A training run goes on with --resume.)", highlight=False)
             raise typer.Exit(130) from stop
         except DdeCacheError as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            # A path that is wrapped in its middle cannot be copied: the terminal breaks lines, not we.
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except OSError as error:
             if error.errno not in _DISK + _PLACE:

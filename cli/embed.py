@@ -17,18 +17,20 @@ from .console import console, print_json, progress
 
 
 def embed(
-    run: str = typer.Argument(help="A run of `train`."),
+    run: str = typer.Argument(help="A run of `train`: its folder."),
     out: Path = typer.Option(..., help="Folder of the store; new, empty, or one that was cut short."),
     images: str | None = typer.Option(None, metavar="DIR|SHARDS", help="Folder of pictures, or shards."),
     texts: str | None = typer.Option(None, metavar="FILE|SHARDS", help="JSON lines with `text`, or shards."),
     skip_bad: bool = typer.Option(False, "--skip-bad", help="Leave out pictures that cannot be read."),
     batch_size: int = typer.Option(32, min=1, help="Pictures or texts a forward pass."),
-    device: str = typer.Option("cpu"),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Encode pictures or texts once, and keep their vectors with the student's fingerprint."""
     if (images is None) == (texts is None):
         raise InputError(f"expected --images or --texts, got {'neither' if images is None else 'both'}")
+    if skip_bad and texts is not None:
+        raise InputError("expected --skip-bad with --images alone: every text can be read")
     student = Student.from_pretrained(run, device)
     rows = (
         Texts(read_questions(texts), Path(texts).name) if texts else Images(open_pictures(str(images), student.images))

@@ -24,7 +24,7 @@ def eval_(
     ),
     baseline: str | None = typer.Option(None, help="Training shards of the baselines; a run keeps its own."),
     batch_size: int = typer.Option(256, min=1, help="Pairs a forward pass."),
-    device: str = typer.Option("cpu"),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     cache_dir: Path | None = CACHE_DIR,
     cache_limit: str | None = CACHE_LIMIT,
     json: bool = typer.Option(False, "--json", help="Print JSON."),

@@ -18,7 +18,7 @@ FORMATS = ("onnx",)
 
 def export(
     run: Path = typer.Argument(help="A run of `train`."),
-    format_: str = typer.Option("onnx", "--format", help="onnx."),
+    format_: str = typer.Option("onnx", "--format", help="Which files: onnx."),
     out: Path | None = typer.Option(None, help="New folder for the files; without it, RUN/onnx."),
     json: bool = typer.Option(False, "--json", help="Print the record as JSON."),
 ) -> None:

@@ -1,7 +1,9 @@
 """`dde-cache extract`."""
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -14,7 +16,9 @@ from dde_cache.extract import ExtractConfig, ExtractProgress, ExtractSummary, pl
 from dde_cache.extract import extract as run_extract
 from dde_cache.identity import STEPS
 from dde_cache.plan import SAMPLE, ExtractPlan
-from dde_cache.samples import open_shards
+from dde_cache.samples import Shard, open_shards
+from dde_cache.scoring import ScoreConfig
+from dde_cache.scoring import score as run_score
 from dde_cache.spec import UnitEntry
 from dde_cache.views import DEFAULT_RECIPE, RECIPES
 
@@ -26,9 +30,12 @@ MAX_K = 32
 
 def extract(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of shards."),
-    teacher: str = typer.Option(..., help="ViLT checkpoint: folder, hub id, or `sample`."),
+    teacher: str = typer.Option(..., help="Checkpoint of a fusion encoder: folder, hub id, or `sample`."),
     out: Path = typer.Option(..., help="Folder of the cache; an unfinished one is continued."),
-    config: Path | None = typer.Option(None, help="YAML file of settings."),
+    config: Path | None = typer.Option(None, help="YAML file of settings (docs/cli.md lists them)."),
+    candidates: Path | None = typer.Option(
+        None, help="Score these instead (a file of `mine`) with the teacher's matching head."
+    ),
     k: str | None = typer.Option(None, help="Keep the K strongest keys a row, or `all`, as log8. Default: sqrt8."),
     mass: float | None = typer.Option(None, help="Keep the keys of this share of a row's mass, for example 0.98."),
     max_k: int | None = typer.Option(None, help="With --mass: the most keys a row keeps. Default 32."),
@@ -41,9 +48,16 @@ def extract(
         help="cross (attention over the other modality), and perhaps whole and hidden, with commas. Default cross.",
     ),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas. Default: the last."),
+    predictions: bool | None = typer.Option(
+        None, "--predictions/--no-predictions", help="Keep the teacher's logits, where it has a head. Default: keep."
+    ),
     heads: str | None = typer.Option(None, help="all or mean. Default all."),
-    queries: str | None = typer.Option(None, help="valid, or all (the published recipe's padded rows too)."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16: in which the teacher runs."),
+    queries: str | None = typer.Option(
+        None, help="valid, or all (the published recipe's padded rows too). Default valid."
+    ),
+    dtype: str | None = typer.Option(
+        None, help="float32, bfloat16 or float16: in which the teacher runs. Default float32."
+    ),
     views: int | None = typer.Option(None, help="Augmented views of each sample. Default 1."),
     view_recipe: str | None = typer.Option(
         None, help=f"How views are drawn: {', '.join(RECIPES)}. Default with --views: {DEFAULT_RECIPE}."
@@ -62,6 +76,11 @@ def extract(
     json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
     """Run the teacher once over SHARDS and write its attention and logits, one unit a shard."""
+    given = dict(locals())
+    if candidates is not None:
+        _refuse_others(given)
+        _score(open_shards(shards), teacher, out, candidates, ScoreConfig(**_chosen(dtype, batch_size, device)), json)
+        return
     if k is not None and (mass is not None or max_k is not None):
         raise InputError("expected --k, or --mass with --max-k, got both: the first fixes the keys of a row")
     if max_k is not None and mass is None:
@@ -76,6 +95,7 @@ def extract(
         layers=layer_numbers(layers),
         weights=weights,
         steps=sqrt_steps,
+        predictions=predictions,
         heads=heads,
         queries=queries,
         dtype=dtype,
@@ -101,6 +121,54 @@ def extract(
         print_json(summary)
     else:
         console.print(_summary_table(summary, out))
+
+
+_SCORING = (
+    "shards", "teacher", "out", "candidates", "dtype", "batch_size", "device", "json", "quiet", "plan", "sample",
+    "disk_check",
+)  # fmt: skip
+"""Options that mean something with `--candidates`, and those that have defaults."""
+
+
+def _refuse_others(values: Mapping[str, Any]) -> None:
+    """Refuse options that would have no effect on scores."""
+    given = [name for name, value in values.items() if value is not None and name not in _SCORING]
+    given += [name for name, default in (("plan", False), ("disk_check", True)) if values[name] != default]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"expected --candidates without {named}, which mean nothing to scores")
+
+
+def _chosen(dtype: str | None, batch_size: int | None, device: str | None) -> dict[str, Any]:
+    """What was given of the settings of scores, checked."""
+    options = {"dtype": dtype, "batch_size": batch_size, "device": device}
+    given = {name: value for name, value in options.items() if value is not None}
+    resolve_config(ExtractConfig, **given)
+    return given
+
+
+def _score(
+    shards: Sequence[Shard], teacher: str, out: Path, candidates: Path, config: ScoreConfig, as_json: bool
+) -> None:
+    with progress() as bar:
+        task = bar.add_task("score", total=None)
+        report = run_score(
+            shards,
+            teacher,
+            candidates,
+            out,
+            config,
+            advance=lambda pairs: bar.update(task, advance=pairs),
+            start=lambda pairs: bar.update(task, total=pairs),
+        )
+    if as_json:
+        print_json(report)
+        return
+    console.print(
+        f"round {report.round}: {report.pairs:,} pairs scored in {report.seconds:.1f} s, {report.units:,} units "
+        f"({report.units_kept:,} were there) in {escape(str(out))}, {report.bytes / 1e6:,.1f} MB",
+        highlight=False,
+    )
 
 
 def _watch(bar: Progress) -> ExtractProgress:

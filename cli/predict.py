@@ -23,7 +23,7 @@ def predict(
     questions: str = typer.Option(..., metavar="FILE|SHARDS", help="JSON lines with `text` and `image`, or shards."),
     out: Path | None = typer.Option(None, help="File for the answers; without it, they are printed."),
     top: int = typer.Option(5, min=1, help="Answers to give with their probabilities."),
-    device: str = typer.Option("cpu"),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
 ) -> None:
     """Answer questions about stored pictures: one JSON object a line, in the order of the questions."""
     store = EmbeddingStore(image_store)

@@ -5,7 +5,17 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from dde_cache.compare import Judged, Run, check_shards, check_unique, judge, kept_masses, read_runs
+from dde_cache.compare import (
+    Judged,
+    Run,
+    check_shards,
+    check_task,
+    check_unique,
+    judge,
+    kept_masses,
+    read_runs,
+    why_unscored,
+)
 from dde_cache.samples import open_shards
 from dde_cache.sheet import write_report
 from dde_cache.store import Cache
@@ -30,6 +40,7 @@ def report(
     """Write a page of RUNS side by side: curves, accuracy by kind, confusion, times, kept mass, settings."""
     check_unique(runs)
     found = read_runs(runs)
+    check_task(found, task_name)
     kept = _kept(None if targets is None else opened(targets, cache_dir, cache_limit))
     judged = {run.name: _judged(run, shards, task_name, device) for run in found}
     size = write_report(out, found, judged, kept)
@@ -46,6 +57,9 @@ def report(
 
 def _judged(run: Run, shards: str | None, task: str | None, device: str) -> Judged | str:
     """Score a run, or say why not."""
+    why = why_unscored(run, task)
+    if why is not None:
+        return why
     place = shards or check_shards(run)
     if place is None:
         return "not scored: it names no validation shards that are here; pass --shards"

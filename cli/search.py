@@ -24,7 +24,7 @@ def search(
     answer: str | None = typer.Option(
         None, help="Of a student that answers: rank by the probability of this answer to the question."
     ),
-    device: str = typer.Option("cpu"),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """The stored pictures that suit a text best, or the texts that suit a picture; every row is scored."""

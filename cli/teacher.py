@@ -32,13 +32,13 @@ def train(
     task_name: str | None = typer.Option(
         None, "--task", help="classification, vqa, nlvr2, entailment, or module:Class of your own."
     ),
-    config: Path | None = typer.Option(None, help="YAML file of settings."),
-    set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
-    steps: int | None = typer.Option(None, help="Optimizer steps."),
-    batch_size: int | None = typer.Option(None, help="Pairs a step."),
-    learning_rate: float | None = typer.Option(None),
-    precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
-    seed: int | None = typer.Option(None),
+    config: Path | None = typer.Option(None, help="YAML file of settings (docs/cli.md lists them)."),
+    set_: list[str] = typer.Option([], "--set", help="One setting as name=value, such as layers=3; may be repeated."),
+    steps: int | None = typer.Option(None, help="Optimizer steps. Default 1000."),
+    batch_size: int | None = typer.Option(None, help="Pairs a step. Default 128."),
+    learning_rate: float | None = typer.Option(None, help="Highest rate, after the warm-up. Default 0.0005."),
+    precision: str | None = typer.Option(None, help="no (float32), bf16 or fp16. Default no."),
+    seed: int | None = typer.Option(None, help="Of weights, order and dropout. Default 0."),
     resume: bool = typer.Option(False, "--resume", help="Go on from the newest checkpoint in --out."),
     json: bool = typer.Option(False, "--json", help="Print the score as JSON."),
 ) -> None:

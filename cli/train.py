@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +15,7 @@ from dde_cache.errors import InputError, PixelDriftWarning
 from dde_cache.fit import Progress as FitProgress
 from dde_cache.initial import announced, is_run
 from dde_cache.join import OnMissing
+from dde_cache.matching import Scores
 from dde_cache.prepare import labels_only
 from dde_cache.presets import PRESETS, lacking_of_preset, task_settings
 from dde_cache.pretrain import pretrain as run_pretrain
@@ -23,13 +23,15 @@ from dde_cache.pretraining import PretrainConfig
 from dde_cache.ranks import Ranks
 from dde_cache.remote import is_url
 from dde_cache.samples import open_shards
-from dde_cache.sources import CachedTargets, OnlineTargets, Targets
+from dde_cache.several import is_teachers_file, read_teachers
+from dde_cache.sources import CachedTargets, OnlineTargets, Targets, caches_of, drift_allowed
 from dde_cache.store import Cache
 from dde_cache.student import Head
 from dde_cache.tasks import load_task
 from dde_cache.teacher import FusionTeacher
 from dde_cache.train import RunRecord, Stage
 from dde_cache.train import train as run_train
+from dde_cache.views import AS_PROCESSED
 
 from .console import console, errors, print_json, progress
 from .places import CACHE_DIR, CACHE_LIMIT, opened
@@ -39,8 +41,10 @@ NONE = "none"
 
 def train(
     shards: str = typer.Argument(help="Folder, tar or brace pattern of training shards."),
-    out: Path = typer.Option(..., help="Folder of the run."),
-    targets: str | None = typer.Option(None, help="Cache of targets (folder or URL), or `none` for labels only."),
+    out: Path = typer.Option(..., help="Folder of the run; new or empty, but with --resume."),
+    targets: str | None = typer.Option(
+        None, help="Cache of targets (folder or URL), YAML file of several, or `none` for labels only."
+    ),
     teacher: str | None = typer.Option(None, help="Run this teacher at every step instead of reading a cache."),
     like: str | None = typer.Option(
         None, help="With --targets none: cache or teacher whose processor, answers and tower shape are taken."
@@ -61,6 +65,9 @@ def train(
     missing_tokens: str | None = typer.Option(
         None, help="The teacher's tokens that a tower lacks, as a CLS: refuse (default), or drop from rows and keys."
     ),
+    candidates: Path | None = typer.Option(
+        None, help="Scores of mined candidates (`extract --candidates`), whose ranking is learned."
+    ),
     stage: str = typer.Option("finetune", help="pretrain (pairs without labels) or finetune."),
     passes: str | None = typer.Option(
         None, help="With --stage pretrain: passes whose attention is learned. Default: those of the cache."
@@ -69,27 +76,39 @@ def train(
         None, "--task", help="classification, vqa, nlvr2, entailment, retrieval, or module:Class of your own."
     ),
     preset: str | None = typer.Option(None, help=f"A published recipe: {', '.join(PRESETS)}."),
-    config: Path | None = typer.Option(None, help="YAML file of settings; a run's own config.yaml repeats it."),
-    set_: list[str] = typer.Option([], "--set", help="One setting as name=value; may be repeated."),
+    config: Path | None = typer.Option(
+        None, help="YAML file of settings (see docs/cli.md); RUN/config.yaml repeats a run."
+    ),
+    set_: list[str] = typer.Option(
+        [], "--set", help="One setting as name=value, such as soft_weight=0; may be repeated."
+    ),
     on_missing: str = typer.Option("error", help="Samples without targets, or the reverse: error or skip."),
-    steps: int | None = typer.Option(None, help="Optimizer steps."),
+    steps: int | None = typer.Option(None, help="Optimizer steps. Default 1000."),
     epochs: int | None = typer.Option(None, help="Passes over the pairs, instead of --steps."),
-    batch_size: int | None = typer.Option(None, help="Pairs a step, of all ranks together."),
-    accumulate: int | None = typer.Option(None, help="Micro-batches that a rank cuts its share of a batch into."),
-    learning_rate: float | None = typer.Option(None),
-    precision: str | None = typer.Option(None, help="no, bf16 or fp16."),
-    seed: int | None = typer.Option(None),
-    directions: str | None = typer.Option(None, help="Queries of the attention loss: t2i, i2t or both."),
-    attention: str | None = typer.Option(None, help="Its keys: cross (the other modality's), or whole (all tokens')."),
+    batch_size: int | None = typer.Option(None, help="Pairs a step, of all ranks together. Default 128."),
+    accumulate: int | None = typer.Option(
+        None, help="Micro-batches that a rank cuts its share of a batch into. Default 1."
+    ),
+    learning_rate: float | None = typer.Option(None, help="Highest rate, after the warm-up. Default 0.0005."),
+    precision: str | None = typer.Option(None, help="no (float32), bf16 or fp16. Default no."),
+    seed: int | None = typer.Option(None, help="Of weights, order and dropout. Default 0."),
+    directions: str | None = typer.Option(None, help="Queries of the attention loss: t2i, i2t or both. Default both."),
+    attention: str | None = typer.Option(
+        None, help="Its keys: cross (the other modality's), or whole (all tokens'). Default cross."
+    ),
     layer_map: str | None = typer.Option(
         None, help="Teacher:student blocks, as 3:2,7:5; or `same`. Default last:last."
     ),
     heads: str | None = typer.Option(None, help="all (head by head) or mean. Default: as the targets have them."),
-    queries: str | None = typer.Option(None, help="Query rows that count: valid, or all (the padded ones too)."),
+    queries: str | None = typer.Option(
+        None, help="Query rows that count: valid, or all (the padded ones too). Default valid."
+    ),
     temperature: float | None = typer.Option(None, help="Of the soft labels. Default 1."),
     hidden_weight: float | None = typer.Option(None, help="Of the hidden states' squared error. Default 0."),
-    tail: str | None = typer.Option(None, help="bucket, uniform or renormalise: what the tail mass is taken for."),
-    workers: int | None = typer.Option(None, help="Processes that read ahead."),
+    tail: str | None = typer.Option(
+        None, help="bucket, uniform or renormalise: what the tail mass is taken for. Default bucket."
+    ),
+    workers: int | None = typer.Option(None, help="Processes that read ahead. Default 1."),
     remap_flips: bool = typer.Option(
         False, "--remap-flips", help="Mirror every other picture, and its stored maps with it: an approximation."
     ),
@@ -104,15 +123,19 @@ def train(
 ) -> None:
     """Train a dual encoder on SHARDS, with targets streamed from a cache."""
     _check_stage(stage, preset, task_name, passes)
+    if candidates is not None and stage == "pretrain":
+        raise InputError("expected --candidates with --stage finetune alone")
     # Options that are settings have their names.
     given = {name: value for name, value in locals().items() if name in PretrainConfig.model_fields}
-    named = None if passes is None else passes.split(",")
+    named = None if passes is None else [name.strip() for name in passes.split(",")]
     given |= {"task": task_name, "remap_flips": remap_flips or None, "passes": named}
     settings = _settings(stage, config, set_, preset, given)
+    if candidates is not None and not settings.ranking_weight:
+        settings = settings.model_copy(update={"ranking_weight": 1.0})
     ranks = Ranks()
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
-    if allow_pixel_drift and isinstance(chosen, CachedTargets):
-        chosen = replace(chosen, allow_pixel_drift=True)
+    if allow_pixel_drift:
+        chosen = _drifting(chosen)
     notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init)]
     if init is not None and is_run(init):
         notes.append(escape(announced(init, _head(settings))))
@@ -141,7 +164,8 @@ def train(
         if isinstance(settings, PretrainConfig):
             record = run_pretrain(training, chosen, out, settings, init=init, **common)
         else:
-            record = run_train(training, chosen, out, settings, init=init, **common)
+            scores = None if candidates is None else Scores(candidates)
+            record = run_train(training, chosen, out, settings, init=init, candidates=scores, **common)
     if ranks.first:
         _show(record, out, json)
 
@@ -156,6 +180,13 @@ def _check_stage(stage: str, preset: str | None, task: str | None, passes: str |
         raise InputError("expected --preset and --task with --stage finetune alone: pre-training has no labels")
     if stage == "finetune" and passes is not None:
         raise InputError("expected --passes with --stage pretrain alone: fine-tuning learns from matched pairs")
+
+
+def _drifting(targets: Targets) -> Targets:
+    """Let views of a cache be drawn with other pixels."""
+    if all(one.cache.spec.view == AS_PROCESSED for one in caches_of(targets)):
+        raise InputError("expected --allow-pixel-drift with a cache of views alone: no other pixels are compared")
+    return drift_allowed(targets)
 
 
 def _lacking(preset: str | None, targets: Targets, init: str | None) -> list[str]:
@@ -205,6 +236,8 @@ def _targets(
     """Choose one source of targets from the options."""
     if on_missing not in ("error", "skip"):
         raise InputError(f"expected --on-missing error or skip, got {on_missing!r}")
+    if on_missing == "skip" and targets in (None, NONE):
+        raise InputError("expected --on-missing with --targets CACHE alone: nothing can be missing without a cache")
     if (targets is None) == (teacher is None):
         raise InputError(
             "expected one of --targets CACHE, --targets none (labels only) and --teacher TEACHER (online), got "
@@ -216,6 +249,8 @@ def _targets(
         return labels_only(open_(like) if is_url(like) else like)
     if targets is not None:
         policy: OnMissing = "skip" if on_missing == "skip" else "error"
+        if is_teachers_file(targets):
+            return read_teachers(Path(targets), open_, policy)
         return CachedTargets(open_(targets), policy)
     loaded = FusionTeacher.load(str(teacher), device="cuda" if torch.cuda.is_available() else "cpu")
     layer = loaded.layers - 1 if settings.layer is None else settings.layer

@@ -7,6 +7,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from dde_cache.errors import InputError
+from dde_cache.matching import is_scores, verify_scores
 from dde_cache.samples import open_shards
 from dde_cache.verify import VerifyProgress, VerifyReport
 from dde_cache.verify import verify as run_verify
@@ -15,7 +17,7 @@ from .console import byte_progress, console, print_json
 
 
 def verify(
-    cache: Path = typer.Argument(help="Folder of the cache."),
+    cache: Path = typer.Argument(help="Folder of the cache, or of scores of candidates."),
     fast: bool = typer.Option(False, "--fast", help="Leave out what reads every byte of every unit."),
     against: str | None = typer.Option(None, help="Shards to compare keys and contents with."),
     teacher: str | None = typer.Option(None, help="Recompute pairs of --against with this teacher."),
@@ -25,6 +27,11 @@ def verify(
 ) -> None:
     """Judge CACHE: every hash, checksum and bound. Exit code 0 where it is sound, 1 where not."""
     shards = None if against is None else open_shards(against)
+    if is_scores(cache):
+        if teacher is not None:
+            raise InputError(f"{cache}: expected a cache with --teacher; scores of candidates are not recomputed")
+        _give(verify_scores(cache, shards), json)
+        return
     with byte_progress("{task.fields[name]}") as bar:
         report = run_verify(
             cache,
@@ -35,7 +42,11 @@ def verify(
             device=device,
             progress=watch(bar),
         )
-    if json:
+    _give(report, json)
+
+
+def _give(report: VerifyReport, as_json: bool) -> None:
+    if as_json:
         print_json(report)
     else:
         show(report)

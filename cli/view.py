@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
+from dde_cache.errors import InputError
 from dde_cache.gallery import Choice
 from dde_cache.gallery import view as run_view
 from dde_cache.samples import open_shards
@@ -21,20 +22,24 @@ def view(
     run: Path | None = typer.Option(None, help="A run of `train`, whose student stands beside the teacher."),
     key: list[str] = typer.Option([], help="Show this sample; may be given again. Default: the worst pairs."),
     keys: list[Path] = typer.Option([], help="Text file of sample keys to show, one a line; may be given again."),
-    count: int = typer.Option(24, min=1, help="How many of the worst pairs."),
+    count: int | None = typer.Option(None, min=1, help="How many of the worst pairs. Default 24."),
     among: int | None = typer.Option(
-        2000, min=1, help="Pairs, spread evenly over the shards, among which the worst are looked for."
+        None, min=1, help="Pairs, spread evenly over the shards, among which the worst are looked for. Default 2000."
     ),
     layer: int | None = typer.Option(None, help="Block of the teacher, 0-based. Default: the run's, or the last."),
     view_number: int = typer.Option(0, min=0, help="Which view of each sample."),
-    device: str = typer.Option("cpu", help="Where the student runs."),
+    device: str | None = typer.Option(None, help="Where the student runs. Default cpu."),
     cache_dir: Path | None = CACHE_DIR,
     cache_limit: str | None = CACHE_LIMIT,
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Write a page that shows the attention in CACHE over the pictures of SHARDS."""
     listed = (*key, *sorted(read_keys(keys) if keys else ()))
-    chosen = Choice(tuple(dict.fromkeys(listed)), count, among, layer, view_number)
+    if listed and (count, among) != (None, None):
+        raise InputError("expected --count and --among without --key and --keys: every text of those samples is shown")
+    if device is not None and run is None:
+        raise InputError("expected --device together with --run: the teacher's attention is read, not computed")
+    chosen = Choice(tuple(dict.fromkeys(listed)), count or 24, among or 2000, layer, view_number)
     found, samples = opened(cache, cache_dir, cache_limit), open_shards(shards)
     with progress() as bar:
         task = bar.add_task("view", total=None)
@@ -44,7 +49,7 @@ def view(
             out,
             chosen,
             run=run,
-            device=device,
+            device=device or "cpu",
             advance=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if json:
@@ -52,4 +57,6 @@ def view(
         return
     size = f"{report.bytes / 1e6:,.1f} MB"
     console.print(f"{report.pairs:,} pairs ({report.order}) of layer {report.layer}, {size}", highlight=False)
+    if report.learnt is not None:
+        console.print(escape(report.learnt), highlight=False)
     console.print(f"open {escape(report.out)} in a browser", highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from dde_cache.errors import CacheError, bullet_list
 from dde_cache.files import hash_file
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import MAX_JSON, Manifest, TargetSpec, parse_json
+from dde_cache.teachers import FAMILIES, Family
 
 ASSETS = "assets"
 LABELS = "labels.json"
@@ -86,24 +87,60 @@ def read_config(assets: Path, spec: TargetSpec) -> Mapping[str, Any]:
     config = _parse(path)
     if not isinstance(config, dict):
         raise CacheError(f"{path}: expected a teacher's configuration, got something else")
-    equal = {
-        "num_hidden_layers": spec.teacher_layers,
-        "num_attention_heads": spec.teacher_heads,
-        "patch_size": spec.patch_size,
-        "max_position_embeddings": spec.text_length,
-    }
+    wrong = _unlike(config, spec) + _too_large(config)
+    if wrong:
+        raise CacheError(f"{path}: not the teacher of this cache:{bullet_list(wrong)}")
+    return config
+
+
+def family_of(spec: TargetSpec) -> type[Family]:
+    """The family of a specification's teacher.
+
+    Raises:
+        CacheError: this version does not know it.
+    """
+    if spec.teacher.family not in FAMILIES:
+        raise CacheError(
+            f"expected a teacher of a family that this version knows ({', '.join(FAMILIES)}), got "
+            f"{spec.teacher.family}; its targets can be read, but no student of its shape can be made"
+        )
+    return FAMILIES[spec.teacher.family]
+
+
+def _unlike(config: Mapping[str, Any], spec: TargetSpec) -> list[str]:
+    """Where a configuration says something else than the specification."""
+    if spec.teacher.family == "vilt":
+        equal = {
+            "num_hidden_layers": spec.teacher_layers,
+            "num_attention_heads": spec.teacher_heads,
+            "patch_size": spec.patch_size,
+            "max_position_embeddings": spec.text_length,
+        }
+        return [
+            f"{name}: expected {expected}, got {config[name]!r:.50}"
+            for name, expected in equal.items()
+            if name in config and (type(config[name]) is not int or config[name] != expected)
+        ]
+    try:
+        shape = family_of(spec).shape(config)
+    except (KeyError, TypeError) as error:
+        return [f"no configuration of a {spec.teacher.family}: {error!s:.100}"]
+    expected = (spec.teacher_layers, spec.teacher_heads, spec.patch_size, spec.text_length)
+    got = (shape.layers, shape.heads, shape.patch_size, shape.text_length)
+    names = ("layers", "heads", "patch size", "text length")
+    return [f"{name}: expected {e}, got {g}" for name, e, g in zip(names, expected, got, strict=True) if e != g]
+
+
+def _too_large(config: Mapping[str, Any]) -> list[str]:
+    """Numbers of a configuration, and of those inside it, that would make giant tensors."""
     wrong = [
-        f"{name}: expected {expected}, got {config[name]!r:.50}"
-        for name, expected in equal.items()
-        if name in config and (type(config[name]) is not int or config[name] != expected)
-    ] + [
         f"{name}: expected a number up to {largest}, got {config[name]!r:.50}"
         for name, largest in _LARGEST.items()
         if name in config and (type(config[name]) is not int or not 0 < config[name] <= largest)
     ]
-    if wrong:
-        raise CacheError(f"{path}: not the teacher of this cache:{bullet_list(wrong)}")
-    return config
+    return wrong + [
+        f"{name}.{line}" for name, part in config.items() if isinstance(part, dict) for line in _too_large(part)
+    ]
 
 
 def load_preprocessor(assets: Path, spec: TargetSpec) -> Preprocessor:
@@ -113,9 +150,11 @@ def load_preprocessor(assets: Path, spec: TargetSpec) -> Preprocessor:
         CacheError: they cannot be loaded.
     """
     try:
-        preprocessor = Preprocessor.load(assets, spec.patch_size, spec.text_length)
+        kind = family_of(spec).processor
+        preprocessor = Preprocessor.load(assets, spec.patch_size, spec.text_length, kind=kind)
         images = preprocessor.processor.image_processor
-        sides = {"size_divisor": images.size_divisor, **dict(images.size or {})}
+        sides = {"size_divisor": getattr(images, "size_divisor", None), **dict(images.size or {})}
+        sides |= {f"crop_size {name}": side for name, side in dict(getattr(images, "crop_size", None) or {}).items()}
         giant = [f"{name} of {side!r:.50} px" for name, side in sides.items() if not _side(side)]
         if giant:
             raise ValueError(f"expected pictures of at most {MAX_SIDE} px, got {', '.join(giant)}")

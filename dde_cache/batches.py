@@ -93,6 +93,7 @@ class PairDataset(Dataset[Batch]):
             What a pass shares with the matched one is not there a second time.
         taught: of the passes beside, those whose targets are read, where `passes` has them.
         partners: whose pictures the negative pass shows; None: chosen from the shards.
+        others: makes what a batch has of other samples, from its pairs and `_view`, which draws their pictures.
         tokens: where the student has a tokenizer of its own: also give what `TokenAligner` gives.
     """
 
@@ -113,10 +114,11 @@ class PairDataset(Dataset[Batch]):
         taught: Collection[PassName] = tuple(RECIPES),
         partners: PartnerSource | None = None,
         identities: bool = False,
+        others: Callable[..., Batch] | None = None,
         tokens: TokenAligner | None = None,
     ) -> None:
         self._tokens = tokens
-        self._taught_passes, self._identities = taught, identities
+        self._taught_passes, self._identities, self._others = taught, identities, others
         self._passes, self._beside = tuple(passes), tuple(beside)
         self._words = Words.of(preprocessor.processor.tokenizer) if "masked" in (*passes, *beside) else None
         self._partners: PartnerSource = partners or PartnersOfShards(shards)
@@ -191,13 +193,15 @@ class PairDataset(Dataset[Batch]):
             batch |= {"text": identities([plain(text.text).encode() for text in texts])}
         if self._targets is not None:
             batch |= self._taught(self._targets, pairs, batch)
+        if self._others is not None:
+            batch |= self._others(pairs, self._view)
         for name in self._beside:
             batch |= {f"{name}.{field}": value for field, value in self._shown(name, pairs, texts, batch).items()}
         return batch
 
-    def _view(self, pair: Pair, key: str | None = None) -> _Drawn:
-        """The pictures of a pair's sample, or of another one of its shard, as the pair's view has them."""
-        return self._pictures((pair.shard, key or pair.key, pair.view, pair.mirrored))
+    def _view(self, pair: Pair, key: str | None = None, shard: int | None = None) -> _Drawn:
+        """The pictures of a sample (the pair's own, or `key` of its or another shard) as the pair's view has them."""
+        return self._pictures((pair.shard if shard is None else shard, key or pair.key, pair.view, pair.mirrored))
 
     def _masked(self, tokens: TokenBatch, pairs: Sequence[Pair], names: Sequence[PassName]) -> tuple[Tensor, Tensor]:
         """Token ids and tokens to guess, where the pass of a pair masks them."""

@@ -36,6 +36,9 @@ class DistillConfig(FitConfig):
     soft_weight: float = Field(default=1.0, ge=0)
     hard_weight: float = Field(default=0.0, ge=0)
     hidden_weight: float = Field(default=0.0, ge=0, description="of the hidden states' squared error")
+    ranking_weight: float = Field(default=0.0, ge=0, description="of the ranking of mined candidates")
+    ranking_temperature: float = Field(default=1.0, gt=0, description="of the teacher's matching scores")
+    ranking_top: int | None = Field(default=None, ge=1, description="the first candidates alone; null: all")
     directions: Literal["both", "t2i", "i2t"] = Field(
         default="both", description="queries of the attention loss: texts', pictures', or both"
     )
@@ -91,9 +94,11 @@ class DistillConfig(FitConfig):
 
     @model_validator(mode="after")
     def _check_weights(self) -> "DistillConfig":
-        if not (self.attention_weight or self.soft_weight or self.hard_weight or self.hidden_weight):
+        weights = (self.attention_weight, self.soft_weight, self.hard_weight, self.hidden_weight, self.ranking_weight)
+        if not any(weights):
             raise ValueError(
-                "expected at least one of attention_weight, soft_weight, hard_weight and hidden_weight above 0"
+                "expected at least one of attention_weight, soft_weight, hard_weight, hidden_weight and ranking_weight "
+                "above 0"
             )
         return self
 

@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Int
 from pydantic import ValidationError
 
-from dde_cache.batches import NO_LABEL, PairDataset
+from dde_cache.batches import NO_LABEL
 from dde_cache.configs import read_yaml
 from dde_cache.errors import InputError, RunError
-from dde_cache.evaluate import load_subject
+from dde_cache.evaluate import load_subject, predictions_of
 from dde_cache.runs import CONFIG, METRICS
 from dde_cache.samples import Shard
 from dde_cache.scores import OTHER_KIND, EvaluationReport, Predictions, texts_of
 from dde_cache.store import Cache
-from dde_cache.stream import PairTable
 from dde_cache.summary import count_masses
+from dde_cache.tasks import is_own
 from dde_cache.train import MODEL, RUN, RunRecord
 
 WORST_KINDS = 3
@@ -47,6 +47,11 @@ class Run:
     settings: Mapping[str, Any]
     lines: Sequence[Mapping[str, float]]
     record: RunRecord | None
+
+    @property
+    def task(self) -> str:
+        """The task that it was trained for; empty where its settings do not say."""
+        return str(self.settings.get("task", ""))
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of one metric."""
@@ -127,20 +132,18 @@ def judge(
     Args:
         run: with a saved model.
         shards: labelled data.
-        task: `module:Class` of a run with a task of the user's own.
+        task: `module:Class` of runs with a task of the user's own; others have theirs.
         device: where it runs.
         advance: called with the number of pairs done.
 
     Raises:
-        RunError: the run has no model.
-        InputError: the shards have no labels.
+        RunError: the run has no model, or a task of the user's own that was not named.
+        InputError: the shards have no labels, or others than the student knows.
     """
     if not (run.folder / MODEL).is_dir():
         raise RunError(f"{run.folder}: expected a saved model to score, found none; leave --shards out, or this run")
-    subject = load_subject(str(run.folder), device, task)
-    encode = subject.task.targets
-    dataset = PairDataset(shards, PairTable.of(shards), subject.preprocessor, subject.labels, encode=encode)
-    predictions = subject.task.predict(subject.output_of, dataset, advance=advance)
+    subject = load_subject(str(run.folder), device, task if is_own(run.task) else None)
+    predictions = predictions_of(subject, shards, advance=advance)
     report = subject.task.report(predictions, shards, subject.labels, subject.baselines, None)
     worst = sorted(report.kinds, key=lambda kind: report.kinds[kind].accuracy)[:WORST_KINDS]
     if not isinstance(predictions, Predictions) or predictions.score is not None:
@@ -152,7 +155,7 @@ def judge(
 
 def _confusion(predictions: Predictions, chosen: Sequence[bool], labels: Sequence[str]) -> Confusion:
     rows = torch.tensor(chosen) & (predictions.label != NO_LABEL)
-    truth, answer = predictions.label[rows].numpy(), predictions.logits[rows].argmax(-1).numpy()
+    truth, answer = predictions.label[rows].numpy(), predictions.answer[rows].numpy()
     return confusion(truth, answer, labels)
 
 
@@ -232,6 +235,28 @@ def check_shards(run: Run) -> str | None:
     """The validation shards that a run names, where they are on this machine."""
     named = run.record.valid if run.record else None
     return named if named and (Path(named).exists() or "{" in named) else None
+
+
+def why_unscored(run: Run, task: str | None) -> str | None:
+    """Why a run cannot be scored, in words: its task is one of the user's own, and another or none was named.
+
+    What a run's files name is never imported by itself: they may be a stranger's.
+    """
+    if not is_own(run.task) or run.task == task:
+        return None
+    return f"not scored: trained for a task of its own; pass --task {run.task} to run that code"
+
+
+def check_task(runs: Sequence[Run], task: str | None) -> None:
+    """Refuse a task that none of the runs was trained for as its own.
+
+    Raises:
+        InputError: so it is.
+    """
+    own = sorted({run.task for run in runs if is_own(run.task)})
+    if task is not None and task not in own:
+        which = ", ".join(own) or "none: leave --task out"
+        raise InputError(f"expected --task of runs with a task of your own ({which}), got {task!r}")
 
 
 def check_unique(folders: Sequence[Path]) -> None:

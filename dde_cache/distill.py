@@ -15,9 +15,9 @@ from dde_cache.batches import Batch
 from dde_cache.choices import DistillConfig, LayerPair
 from dde_cache.losses import attention_kl, log_attention, weighted_sum
 from dde_cache.sources import (
+    Alone,
     LabelsOnly,
     OnlineTargets,
-    Targets,
     Taught,
     cached_targets,
     images_of,
@@ -107,7 +107,7 @@ class StudentLosses(Objective[Compared]):
     has nothing of do not count.
     """
 
-    def __init__(self, config: TrainConfig, targets: Targets, mean_heads: bool, axes: Axes = ALIKE) -> None:
+    def __init__(self, config: TrainConfig, targets: Alone, mean_heads: bool, axes: Axes = ALIKE) -> None:
         self._config, self._targets, self._mean_heads, self._axes = config, targets, mean_heads, axes
         self._every = config.queries == "all"
         self._images = images_of(targets) or 1
@@ -153,13 +153,17 @@ class StudentLosses(Objective[Compared]):
         return table
 
     def _compare(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Compared:
+        own = (getattr(model, name, None) for name in (PROJECTIONS, ATTENTION_MAPS))
+        return self.compared(student_output(model, batch, sizes), batch, *own)
+
+    def compared(self, output: DualEncoderOutput, batch: Batch, projections: Any, maps: Any = None) -> Compared:
+        """What the terms compare, where a student has run already; `projections` and `maps` as in `Compared`."""
         config, targets = self._config, self._targets
-        output = student_output(model, batch, sizes)
         if isinstance(targets, LabelsOnly):
             return Compared(output, Taught({}, {}))
         give = online_targets if isinstance(targets, OnlineTargets) else cached_targets
         taught = give(targets, batch, config, self._pairs)  # type: ignore[arg-type]
-        return Compared(output, taught, getattr(model, PROJECTIONS, None), getattr(model, ATTENTION_MAPS, None))
+        return Compared(output, taught, projections, maps)
 
     def _padded(self, batch: Batch) -> Sizes:
         if not self._every:

@@ -88,6 +88,7 @@ class TargetEncoder:
             padded_queries=spec.queries == "all",
             whole=spec.has_whole,
             hidden=spec.hidden_width is not None,
+            logits=spec.classes is not None,
         )
         if output.logits is not None:
             self._check_finite(output.logits)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -106,15 +107,29 @@ def evaluate(
         InputError: labels that the subject does not know, or none at all.
         CacheError: a cache without logits, with other answers, or of other samples.
     """
-    task = subject.task
-    if task.closed:
-        check_labels(shards, subject.labels, "the shards")
     taught: Mapping[tuple[str, int], Tensor] | None = None
     if cache is not None:
         if cache.labels != subject.labels:
             raise CacheError(f"{cache.name}: expected the answers {subject.labels[:5]}, got {(cache.labels or ())[:5]}")
         taught = teacher_logits(cache, shards)
-    dataset = PairDataset(shards, PairTable.of(shards), subject.preprocessor, subject.labels, encode=task.targets)
-    predictions = task.predict(subject.output_of, dataset, batch_size, advance=advance)
+    predictions = predictions_of(subject, shards, batch_size, advance)
     baselines = Baselines.of(baseline_shards) if baseline_shards else subject.baselines
-    return task.report(predictions, shards, subject.labels, baselines, taught)
+    return subject.task.report(predictions, shards, subject.labels, baselines, taught)
+
+
+def predictions_of(
+    subject: Subject,
+    shards: Sequence[Shard],
+    batch_size: int = 256,
+    advance: Callable[[int], None] = lambda pairs: None,
+) -> Any:
+    """Run a subject over every pair of some shards; what comes back is what its task reports on.
+
+    Raises:
+        InputError: labels that the subject does not know.
+    """
+    task = subject.task
+    if task.closed:
+        check_labels(shards, subject.labels, "the shards")
+    dataset = PairDataset(shards, PairTable.of(shards), subject.preprocessor, subject.labels, encode=task.targets)
+    return task.predict(subject.output_of, dataset, batch_size, advance=advance)

@@ -36,7 +36,22 @@ class Pen:
     paper: str
 
 
+@dataclass(frozen=True)
+class Point:
+    """A named point of a scatter chart, with a deviation up and down where there is one, and the series it is of."""
+
+    name: str
+    series: str
+    x: float
+    y: float
+    deviation: float | None = None
+
+
 def _draw(draw: Callable[[Pen], None], size: tuple[float, float], dark: bool) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(_svg(draw, size, dark)).decode()
+
+
+def _svg(draw: Callable[[Pen], None], size: tuple[float, float], dark: bool) -> bytes:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -56,7 +71,7 @@ def _draw(draw: Callable[[Pen], None], size: tuple[float, float], dark: bool) ->
         draw(Pen(axes, _COLOURS[dark], ink, paper))
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
 
 
 def _picture(draw: Callable[[Pen], None], alt: str, size: tuple[float, float] = (5.2, 2.9)) -> str:
@@ -158,3 +173,37 @@ def histogram(counts: Mapping[str, Sequence[int]], title: str, across: str) -> s
         pen.axes.legend()
 
     return _picture(draw, title)
+
+
+def scatter_svg(points: Sequence[Point], title: str, across: str, up: str) -> bytes:
+    """An SVG file of named points over a logarithmic axis, with deviations as bars.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+
+    def draw(pen: Pen) -> None:
+        for number, series in enumerate(dict.fromkeys(point.series for point in points)):
+            some = sorted((point for point in points if point.series == series), key=lambda point: point.x)
+            pen.axes.errorbar(
+                [point.x for point in some],
+                [point.y for point in some],
+                yerr=[point.deviation or 0.0 for point in some],
+                color=pen.colours[number % len(pen.colours)],
+                linestyle=_DASHES[number % len(_DASHES)] if len(some) > 1 else "",
+                marker="osD^vP"[number % 6],
+                markersize=4,
+                linewidth=1,
+                capsize=2,
+                label=series,
+            )
+        for number, point in enumerate(sorted(points, key=lambda point: point.x)):
+            place = (4, 5) if number % 2 else (4, -11)
+            pen.axes.annotate(point.name, (point.x, point.y), xytext=place, textcoords="offset points", fontsize=7)
+        pen.axes.set_xscale("log")
+        pen.axes.set_title(title, loc="left", fontsize=10)
+        pen.axes.set_xlabel(across)
+        pen.axes.set_ylabel(up)
+        pen.axes.legend(fontsize=8)
+
+    return _svg(draw, (7.0, 4.2), dark=False)

@@ -4,8 +4,10 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,29 @@ def place(partial: Path, path: Path, *, replace: bool) -> bool:
                 return False
     os.replace(partial, path)
     return True
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill; when it is filled it takes the place of `folder`, which stays as it is until then.
+
+    One writer alone. A kill between the two renames leaves no `folder` but the old one beside it, as `.NAME.old`; the
+    next call puts that back first.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def hash_file(path: Path) -> str:

@@ -6,14 +6,15 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from dde_cache.batches import PairDataset, torch_device
+from dde_cache.choices import DistillConfig, LayerPair
 from dde_cache.configs import read_yaml
-from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.errors import CacheError, InputError, RunError, bullet_list
 from dde_cache.initial import load_student
 from dde_cache.join import join
 from dde_cache.pages import data_element, fill_page, json_text, read_part
@@ -52,6 +53,7 @@ class ViewReport(Model):
     among: int = Field(description="pairs that were looked at to choose them")
     of: int = Field(description="pairs that shards and cache have in common")
     layer: int
+    learnt: str | None = Field(default=None, description="where the layer comes from, for a run with a layer map")
     bytes: int
 
 
@@ -63,7 +65,8 @@ class Choice:
         keys: every text of these samples, in this order; none: the worst pairs.
         count: how many of the worst.
         among: how many pairs, spread evenly, are looked at to find them; None: all.
-        layer: of the cache; None: the one that the run learns from, or the last.
+        layer: of the cache; None: the one that the run learns from (of a layer map, the one that its last block
+            learns from), or the last.
         view: number of the view.
     """
 
@@ -76,14 +79,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Student:
-    """A run's model, its processor and answers, and the layer that it learnt from."""
+    """A run's model, its processor and answers, and the layers that it learnt from."""
 
     model: DualEncoder
     preprocessor: Preprocessor
     labels: tuple[str, ...]
-    layer: int | None
-    layer_map: str | None
-    heads: str | None
+    choices: DistillConfig
+
+
+class _Layer(NamedTuple):
+    """What is shown: the teacher's layer, the student's block beside it (None: the last), and why, if that is no matter
+    of course."""
+
+    number: int
+    block: int | None = None
+    learnt: str | None = None
 
 
 def view(
@@ -125,11 +135,11 @@ def view(
         preprocessor = student.preprocessor
     elif student:
         tokens = TokenAligner(preprocessor, student.preprocessor)
-    reader = CacheTargets(cache, shards, layer)
+    reader = CacheTargets(cache, shards, layer.number)
     in_views, recipe = table.in_views(views), parse_recipe(cache.spec.view)
     dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe, tokens=tokens)
-    own = {"tokens": tokens is not None, "mean_heads": student is not None and student.heads == "mean"}
-    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None, **own)
+    own = {"tokens": tokens is not None, "mean_heads": student is not None and student.choices.heads == "mean"}
+    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None, layer.block, **own)
     among = len(numbers)
     count = among if order == "keys" else min(choice.count, among)
     ranked = order in ("divergence", "kept mass")
@@ -153,15 +163,16 @@ def view(
             blocks += [data_element(name, _packed(image)) for name, image in zip(names, pair.images, strict=True)]
         done.add(len(some))
     about = {
-        **{"cache": Path(cache.name).name, "run": None if run is None else run.name, "layer": layer},
+        **{"cache": Path(cache.name).name, "run": None if run is None else run.name, "layer": layer.number},
         **{"heads": seer.heads, "levels": LEVELS, "kl_unit": KL_UNIT, "kept_unit": KEPT_UNIT, "order": order},
         "chosen": f"{_ORDERS[order]}; {count:,} of {among:,} looked at, of {len(table):,}",
         "view": f"view {choice.view} of {views}" if views > 1 else "",
+        "learnt": layer.learnt or "",
     }
     write_text(out, _page(about, shown, blocks))
-    return ViewReport(
-        out=str(out), order=order, pairs=count, among=among, of=len(table), layer=layer, bytes=out.stat().st_size
-    )
+    size = out.stat().st_size
+    seen = {"pairs": count, "among": among, "of": len(table), "layer": layer.number, "learnt": layer.learnt}
+    return ViewReport(out=str(out), order=order, **seen, bytes=size)
 
 
 class _Done:
@@ -191,26 +202,33 @@ def _load(run: Path, device: str) -> _Student:
     target = torch_device(device)
     model, preprocessor = load_student(run)
     settings = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
+    try:
+        choices = DistillConfig.model_validate({name: settings.get(name) for name in ("layer", "layer_map", "heads")})
+    except ValidationError as error:
+        raise RunError(f"{run / CONFIG}: expected the settings of a run, got {error.errors()[0]['msg']}") from error
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    learnt = (settings.get(name) for name in ("layer", "layer_map", "heads"))
-    return _Student(model.to(target).eval(), preprocessor, labels, *learnt)
+    return _Student(model.to(target).eval(), preprocessor, labels, choices)
 
 
-def _layer(cache: Cache, choice: Choice, student: _Student | None) -> int:
+def _layer(cache: Cache, choice: Choice, student: _Student | None) -> _Layer:
+    if student is None:
+        return _Layer(cache.spec.layers[-1] if choice.layer is None else choice.layer)
+    pairs = student.choices.pairs(cache.spec.layers)
+    mapped = student.choices.layer_map
+    # The student's blocks are numbered where there is a map.
+    taken = max(pairs, key=lambda pair: pair.student or 0)
     if choice.layer is not None:
-        return choice.layer
-    if student and student.layer_map is not None:
+        taken = next((pair for pair in pairs if pair.teacher == choice.layer), LayerPair(choice.layer, None))
+    elif taken.teacher not in cache.spec.layers:
         raise InputError(
-            f"the run learns by the layer map {student.layer_map}, and the page shows its last block alone; pass "
-            "--layer for the teacher's layer to put beside it"
+            f"the run learns from layer {taken.teacher}, but the cache has {list(cache.spec.layers)}; pass --layer to "
+            "look at one of these"
         )
-    learnt = student.layer if student else None
-    if learnt is not None and learnt not in cache.spec.layers:
-        raise InputError(
-            f"the run learns from layer {learnt}, but the cache has {list(cache.spec.layers)}; pass --layer to look at "
-            "one of these"
-        )
-    return cache.spec.layers[-1] if learnt is None else learnt
+    if mapped is None:
+        return _Layer(taken.teacher)
+    beside = "its last block" if taken.student is None else f"block {taken.student}"
+    which = "" if choice.layer is not None else ", the last of its layer map; --layer shows another"
+    return _Layer(taken.teacher, taken.student, f"{beside} of the student beside it{which}")
 
 
 def _candidates(cache: Cache, table: PairTable, choice: Choice, student: bool) -> tuple[Order, list[int]]:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dde_cache.assets import LABELS, TEACHER_CONFIG
 from dde_cache.drift import versions
-from dde_cache.errors import InputError
+from dde_cache.errors import InputError, bullet_list
 from dde_cache.partners import EXCHANGED
 from dde_cache.passes import RECIPES, PassName, Words, ordered, pass_name
 from dde_cache.samples import Shard
@@ -30,6 +30,7 @@ from dde_cache.spec import (
     hash_json,
 )
 from dde_cache.teacher import FusionTeacher
+from dde_cache.teachers.contract import ROW_MAJOR
 from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, PIXEL_HASH, parse_recipe, recipe_name
 
 DTYPES: dict[Dtype, torch.dtype] = {
@@ -74,6 +75,10 @@ class ExtractConfig(Model):
         description="levels of the square root of a weight; null where weights are not sqrt8",
     )
     layers: tuple[int, ...] | None = Field(default=None, description="0-based blocks; null: the last")
+    predictions: bool = Field(
+        default=True,
+        description="keep the logits of a teacher that has a head; without them nothing behind the last layer is run",
+    )
     heads: Heads = "all"
     queries: Queries = "valid"
     dtype: Dtype = "float32"
@@ -130,6 +135,8 @@ class ExtractConfig(Model):
     def _check_layers(self) -> "ExtractConfig":
         if self.layers == () and len(self.targets) > 1:
             raise ValueError("expected layers with whole and hidden, whose records are of one each; got none")
+        if self.layers == () and not self.predictions:
+            raise ValueError("expected layers or predictions, got neither: nothing would be kept")
         return self
 
     @property
@@ -182,15 +189,20 @@ def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> Ex
     targets = ["cross"] + [
         name for name, there in (("whole", spec.has_whole), ("hidden", spec.hidden_width is not None)) if there
     ]
-    return ExtractConfig(**shared, targets=targets, passes=passes, device=device, batch_size=batch_size)
+    kept = spec.classes is not None or not spec.layers
+    return ExtractConfig(
+        **shared, predictions=kept, targets=targets, passes=passes, device=device, batch_size=batch_size
+    )
 
 
 def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
     """Say what the numbers of an extraction will mean.
 
     Raises:
-        InputError: a layer that the teacher does not have, or one asked for twice; or words cannot be masked.
+        InputError: a layer or another target that the teacher does not have, or a layer asked for twice; it reads no
+            pictures; or words cannot be masked.
     """
+    _check_family(teacher, config)
     layers = config.layers if config.layers is not None else (teacher.layers - 1,)
     if any(not 0 <= layer < teacher.layers for layer in layers) or len(set(layers)) != len(layers):
         raise InputError(f"expected different layers from 0 to {teacher.layers - 1}, got {list(layers)}")
@@ -199,14 +211,14 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         Words.of(processor.tokenizer)
     return TargetSpec(
         teacher=TeacherIdentity(
-            family="vilt",
+            family=teacher.family.name,
             weights=teacher.weights_hash(),
             config=hash_json(_configuration(teacher)),
             tokenizer=hash_json(teacher.preprocessor.tokenizer_json()),
             processor=hash_json(json.loads(processor.image_processor.to_json_string())),
         ),
-        rule="block-softmax, cls first, row-major patches",
-        directions=("t2i", "i2t"),
+        rule=ROW_MAJOR,
+        directions=teacher.directions,
         view=config.view,
         views=config.views,
         passes=tuple(RECIPES[name] for name in config.passes),
@@ -223,9 +235,28 @@ def target_spec(teacher: FusionTeacher, config: ExtractConfig) -> TargetSpec:
         weights=config.weights,
         steps=config.steps,
         dtype=config.dtype,
-        classes=None if teacher.labels is None else len(teacher.labels),
+        classes=len(teacher.labels) if config.predictions and teacher.labels is not None else None,
         groups=_groups(teacher, config),
     )
+
+
+def _check_family(teacher: FusionTeacher, config: ExtractConfig) -> None:
+    """Refuse what no teacher of this family can give.
+
+    Raises:
+        InputError: it reads no pictures, or lacks something that is asked for; all of it is listed.
+    """
+    family = teacher.family
+    if family.rule != ROW_MAJOR:
+        raise InputError(
+            f"expected a teacher that reads pictures, which shards hold; {family.name} reads features of regions that "
+            "a detector found. Ask it from Python, with a RegionBatch; see docs/how-to/write-a-teacher-adapter.md"
+        )
+    lacking = teacher.lacks(
+        padded_queries=config.queries == "all", whole="whole" in config.targets, hidden="hidden" in config.targets
+    )
+    if lacking:
+        raise InputError(f"a teacher of family {family.name} does not have this:{bullet_list(lacking)}")
 
 
 def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str, Any]]:

@@ -165,3 +165,37 @@ def contrastive_sum(
     lowest = torch.finfo(torch.float32).min
     rows = [nn.functional.cross_entropy(one.masked_fill(hidden, lowest), target, reduction="sum") for one in sides]
     return (rows[0] + rows[1]) / 2
+
+
+def ranking_sum(
+    query: Float[Tensor, "b w"],
+    own: Float[Tensor, "b w"],
+    candidates: Float[Tensor, "n w"],
+    index: Int[Tensor, "b k"],
+    teacher: Float[Tensor, "b k1"],
+    scale: Float[Tensor, ""],
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) over the true partner and the candidates of each query, summed (LoopITR, 2203.05465).
+
+    The teacher's distribution is softmax(scores / temperature), the student's softmax(scale x cosines). A query without
+    candidates adds 0. In fp32, inside autocast too.
+
+    Args:
+        query: pooled vectors; normalised here, as the others.
+        own: those of their true partners.
+        candidates: vectors of candidates.
+        index: which of them are each query's; -1: none.
+        teacher: scores of the true partner, then of the candidates (k + 1; where there is none, nothing is read).
+        scale: factor of the cosines.
+        temperature: of the teacher's scores.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query, own, candidates = (nn.functional.normalize(side.float(), dim=-1) for side in (query, own, candidates))
+        chosen = candidates[index.clamp_min(0)]
+        cosine = torch.cat([(query * own).sum(-1, keepdim=True), (query[:, None] * chosen).sum(-1)], dim=1)
+        there = torch.cat([torch.ones_like(index[:, :1], dtype=torch.bool), index >= 0], dim=1)
+        lowest = torch.finfo(torch.float32).min
+        student = (scale.float() * cosine).masked_fill(~there, lowest).log_softmax(-1)
+        target = (teacher.float() / temperature).masked_fill(~there, lowest).softmax(-1)
+        return dense_kl(target, student).sum()

@@ -57,6 +57,14 @@ class AttentionMaps(nn.Module):
         return mapped.unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
 
+class Raw(nn.Module):
+    """In the place of `AttentionMaps` where queries and keys are compared as they are."""
+
+    def forward(self, _side: str, raw: QueryKey) -> QueryKey:
+        """The same."""
+        return raw
+
+
 def heads_fit(student: DualEncoder, heads: int, *, mean_heads: bool) -> bool:
     """Whether queries and keys can be compared as they are: both towers with the teacher's heads (with `mean_heads`:
     with one number of them), and one head size."""
@@ -67,21 +75,21 @@ def heads_fit(student: DualEncoder, heads: int, *, mean_heads: bool) -> bool:
 
 def attention_maps(
     student: DualEncoder, teacher: ViltConfig, heads: int, pairs: int, *, mean_heads: bool
-) -> nn.ModuleList | None:
-    """The maps that a student needs, one set for each pair of layers; None where its heads fit.
+) -> list[nn.Module]:
+    """The maps between a student and one teacher, one set for each pair of layers; `Raw` ones where its heads fit.
 
     Raises:
         TeacherError: twins of ViLT's shape have other heads than the teacher.
     """
     if heads_fit(student, heads, mean_heads=mean_heads):
-        return None
+        return [Raw() for _ in range(pairs)]
     if student.config.text is None and student.config.image is None:
         raise TeacherError(
             f"expected a student with the teacher's {heads} attention heads, got {student.towers[0].heads}; train with "
             "--heads mean to compare their averages"
         )
     size = teacher.hidden_size // teacher.num_attention_heads
-    return nn.ModuleList(AttentionMaps(*student.towers, heads, size) for _ in range(pairs))
+    return [AttentionMaps(*student.towers, heads, size) for _ in range(pairs)]
 
 
 def describe_maps(student: DualEncoder, heads: int, size: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from dde_cache import __version__
 from dde_cache.distill import TrainConfig
 from dde_cache.samples import Shard
-from dde_cache.sources import CachedTargets, OnlineTargets, Targets
+from dde_cache.sources import OnlineTargets, Targets, caches_of
 from dde_cache.spec import hash_json
 from dde_cache.student import DualEncoder
 
@@ -74,11 +74,12 @@ or with tokens, pixels and answers at hand: `dde_cache.inference.Student.from_pr
 
 
 def _taught(targets: Targets) -> dict[str, str]:
-    if isinstance(targets, CachedTargets):
-        teacher, manifest = targets.cache.spec.teacher, targets.cache.manifest
+    caches = [one.cache for one in caches_of(targets)]
+    if caches:
+        teachers = [f"{one.spec.teacher.family}, weights {one.spec.teacher.weights[:16]}" for one in caches]
         return {
-            "teacher": f"{teacher.family}, weights {teacher.weights[:16]}",
-            "targets": f"cache `{manifest.fingerprint}`",
+            "teacher": "; ".join(teachers),
+            "targets": "cache " + ", ".join(f"`{one.manifest.fingerprint}`" for one in caches),
         }
     if isinstance(targets, OnlineTargets):
         return {

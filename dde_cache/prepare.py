@@ -1,31 +1,38 @@
 """What a training needs of shards, targets and task, refused where they do not fit before anything is trained."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
 from transformers import ViltConfig
 
+from dde_cache.asked import asked_parts, joined, numbers_of
+from dde_cache.assets import family_of
 from dde_cache.batches import check_labels
-from dde_cache.choices import check_blocks
-from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, TrainConfig
+from dde_cache.checkpoint import load_preprocessor, read_family, resolve
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
-from dde_cache.initial import begin_student
-from dde_cache.join import join
-from dde_cache.match import Matched, attention_maps, axes_of, check_texts, describe_axes, describe_maps
-from dde_cache.passes import RECIPES, PassName, ordered
+from dde_cache.passes import PassName
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
-from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets, images_of, layers_of
-from dde_cache.spec import TargetSpec
+from dde_cache.several import SeveralReaders, answering, disagreements
+from dde_cache.sources import (
+    LabelsOnly,
+    OnlineTargets,
+    SeveralTargets,
+    Targets,
+    averages_heads,
+    caches_of,
+    images_of,
+    parts_of,
+)
+from dde_cache.spec import hash_json
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable
-from dde_cache.student import DualEncoder, Head
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
-from dde_cache.teacher import read_config, resolve
-from dde_cache.tokens import TokenAligner, same_tokens
+from dde_cache.teacher import FusionTeacher
 from dde_cache.views import ViewRecipe, parse_recipe
 
 
@@ -39,24 +46,42 @@ def labels_only(like: str | Cache) -> LabelsOnly:
         cache = like if isinstance(like, Cache) else Cache(Path(like))
         tower, labels, preprocessor = tower_of(cache), cache.labels, cache.preprocessor()
     else:
-        tower = read_config(resolve(like))
-        # What has no task head has the library's LABEL_0 and LABEL_1 for answers; only retrieval takes it.
-        labels = tuple(tower.id2label[number] for number in range(tower.num_labels))
-        preprocessor = Preprocessor.load(resolve(like), tower.patch_size, tower.max_position_embeddings)
+        path = resolve(like)
+        config, family, architecture = read_family(path)
+        tower, preprocessor = family.towers(config.to_dict()), load_preprocessor(path, config, family)
+        labels = family.answers(architecture, config)
     return LabelsOnly(preprocessor, tower, labels or ())
 
 
+def likeness(targets: LabelsOnly) -> str:
+    """What a run on labels takes from a cache or a teacher, in one line: equal for a teacher and its cache."""
+    tower, processor = targets.tower, targets.preprocessor.processor
+    shape = tower.to_dict()
+    for name in ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id"):
+        shape.pop(name, None)
+    pictures = json.loads(processor.image_processor.to_json_string())
+    reads = [json.loads(json.dumps(shape, default=str)), pictures, targets.preprocessor.tokenizer_json()]
+    return (
+        f"width {tower.hidden_size}, {tower.num_hidden_layers} blocks, {tower.num_attention_heads} heads, "
+        f"{len(targets.labels)} answers, SHA-256 {hash_json([*reads, list(targets.labels)])[:12]}"
+    )
+
+
 def tower_of(cache: Cache) -> ViltConfig:
-    """The shape of the teacher's towers, which a new student takes over.
+    """The towers of a new student of a cache: of the teacher's shape, as far as its family has one.
 
     Raises:
         CacheError: the configuration in the cache's assets is none that the model library takes.
     """
     try:
-        return ViltConfig.from_dict(dict(cache.teacher_config))
+        return family_of(cache.spec).towers(cache.teacher_config)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first}") from error
+
+
+Reader = CacheTargets | SeveralReaders
+"""What reads the targets of one cache, or of several."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,7 @@ class TrainingPlan:
     tower: ViltConfig
     labels: tuple[str, ...]
     table: PairTable
-    reader: CacheTargets | None
+    reader: Reader | None
     mean_heads: bool
     recipe: ViewRecipe | None = None
     views: int = 1
@@ -98,8 +123,13 @@ def plan_training(
         InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
             of a recipe that this version does not know, or labels or pictures are not what was expected.
     """
-    if config.remap_flips and not isinstance(targets, CachedTargets):
+    if config.remap_flips and not caches_of(targets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
+    if task.head == "similarity" and config.head_learning_rate_factor != 1:
+        raise InputError(
+            f"expected head_learning_rate_factor 1 for task {config.task}, whose students have no task head, got "
+            f"{config.head_learning_rate_factor:g}"
+        )
     if config.accumulate > 1 and task.head == "similarity" and config.hard_weight:
         raise InputError(
             "expected accumulate 1: pairs are contrasted with the whole batch, which must be there at once; use more "
@@ -127,78 +157,50 @@ def _plan(
         teacher = targets.teacher
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
-        return TrainingPlan(teacher.preprocessor, teacher.config, labels, PairTable.of(shards), None, mean_heads)
-    cache, spec = targets.cache, targets.cache.spec
-    layers = [pair.teacher for pair in layers_of(targets, config)]
-    lacking = _lacking_records(spec, config, layers) if config.reads_records else []
-    if config.soft_weight and spec.classes is None:
-        lacking.append("logits: its teacher has no task head, or they were cut away; train with --set soft_weight=0")
-    if cache.labels is None and task.head == "classes":
-        lacking.append("the answers that the student's head should have")
+        _check_teacher(teacher, config)
+        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, PairTable.of(shards), None, mean_heads)
+    caches = caches_of(targets)
+    lacking = [line for place in asked_parts(targets, config) for line in place.lacking(task)]
+    several = isinstance(targets, SeveralTargets)
+    if isinstance(targets, SeveralTargets):
+        lacking = disagreements(targets, config, classes=task.head == "classes") + lacking
     if lacking:
-        raise CacheError(f"{cache.name}: this training needs what the cache does not have:{bullet_list(lacking)}")
+        name = "these teachers" if several else caches[0].cache.name
+        what = "do not go together" if several else "this training needs what the cache does not have"
+        raise CacheError(f"{name}{'' if several else ':'} {what}:{bullet_list(lacking, 20)}")
+    spec = caches[0].cache.spec
     recipe = parse_recipe(spec.view)
-    numbers = _numbers_of(cache, passes)
-    reader = None
-    table = join(shards, cache, targets.on_missing).table
-    if config.reads_records or config.soft_weight:
-        reader = CacheTargets(
-            cache,
-            shards,
-            layers,
-            rows=config.rows,
-            hidden=config.hidden_weight > 0,
-            padded_queries=config.queries == "all",
-            allow_drift=targets.allow_pixel_drift,
-            passes=numbers,
-        )
-    tower, mean_heads, labels = tower_of(cache), "mean" in (spec.heads, config.heads), _answers(cache.labels, task)
-    return TrainingPlan(cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
+    numbers = numbers_of(caches[0].cache, passes)
+    table = joined(shards, caches)
+    readers = [place.reader(shards, numbers) for place in asked_parts(targets, config)]
+    reader: Reader | None = readers[0]
+    if isinstance(targets, SeveralTargets):
+        names = [teacher.name for teacher in targets.teachers]
+        reader = SeveralReaders(names, readers) if any(readers) else None
+    mean_heads = any(averages_heads(part, own) for part, own in parts_of(targets, config))
+    answers = answering(targets)[0].targets.cache if isinstance(targets, SeveralTargets) else caches[0].cache
+    tower, labels = tower_of(caches[0].cache), _answers(answers.labels, task)
+    return TrainingPlan(caches[0].cache.preprocessor(), tower, labels, table, reader, mean_heads, recipe, spec.views)
 
 
-def _numbers_of(cache: Cache, passes: Sequence[PassName]) -> list[int]:
-    """The numbers of passes in a cache.
+def _check_teacher(teacher: FusionTeacher, config: TrainConfig) -> None:
+    """Refuse a teacher that cannot give, at each step, what the losses compare.
 
     Raises:
-        CacheError: it lacks some.
+        TeacherError: its family lacks it.
     """
-    held = cache.spec.passes
-    lacking = [name for name in passes if RECIPES[name] not in held]
+    lacking = teacher.lacks(
+        padded_queries=bool(config.rows) and config.queries == "all",
+        whole=any(name in ("t2w", "i2w") for name in config.rows),
+        hidden=config.hidden_weight > 0,
+    )
+    if any(name not in teacher.directions for name in config.rows if name in ("t2i", "i2t")):
+        only = teacher.directions[0]
+        lacking.append(f"it has {only} attention alone: train with --directions {only}")
     if lacking:
-        raise CacheError(
-            f"{cache.name}: expected the passes {', '.join(passes)}, but it has {'; '.join(held)}; extract with "
-            f"--passes {','.join(ordered({'matched', *passes}))}, or train with fewer --passes"
+        raise TeacherError(
+            f"a teacher of family {teacher.family.name} does not have all of this:{bullet_list(lacking)}"
         )
-    return [held.index(RECIPES[name]) for name in passes]
-
-
-def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int]) -> list[str]:
-    """What attention or hidden states need of a cache and it does not have, and how it would be had."""
-    if not spec.layers:
-        return ["attention maps: it keeps predictions alone; train with --set attention_weight=0"]
-    lacking = []
-    one_way = config.attention_weight and config.directions == "both" and len(spec.directions) < 2
-    if one_way:
-        lacking.append(f"both directions of attention: it has {spec.directions[0]} alone")
-    elif any(name.startswith(("t2", "i2")) and name not in spec.rows for name in config.rows):
-        rows = ", ".join(spec.rows)
-        how = "extract with --targets cross,whole" if config.attention == "whole" else "train with other --directions"
-        lacking.append(f"attention rows {', '.join(config.rows)}: it has {rows}; {how}")
-    lacking += [
-        f"layer {layer}: it has {list(spec.layers)}; extract with --layers"
-        for layer in layers
-        if layer not in spec.layers
-    ]
-    if config.attention_weight and config.queries == "all" and spec.queries != "all":
-        lacking.append("padded query rows (queries all): extract with --queries all, or train with --queries valid")
-    if config.attention_weight and config.heads == "all" and spec.heads == "mean":
-        lacking.append("attention head by head: it has their mean; extract with --heads all, or leave heads out")
-    whole = spec.steps is not None or (spec.k, spec.mass) == (None, None)
-    if config.attention_weight and config.heads == "mean" and spec.heads == "all" and not whole:
-        lacking.append("whole rows to average over the heads: it keeps " + spec.kept + "; extract with --heads mean")
-    if config.hidden_weight and spec.hidden_width is None:
-        lacking.append("hidden states: extract with --targets cross,hidden")
-    return lacking
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:
@@ -232,101 +234,3 @@ def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task,
                 f"teacher, got {found}"
             )
     return expected or 1
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A student that can be trained.
-
-    Attributes:
-        student: with what its losses need.
-        preprocessor: that it will be used with.
-        reads: that makes the training batches; the teacher's where targets are of its tokens.
-        tokens: reads texts for the student too, where its tokens are others than those of `reads`.
-        matched: how it stands to the teacher.
-    """
-
-    student: DualEncoder
-    preprocessor: Preprocessor
-    reads: Preprocessor
-    tokens: TokenAligner | None
-    matched: Matched
-
-
-def ready_student(
-    plan: TrainingPlan, targets: Targets, config: TrainConfig, init: str | None, head: Head, shards: Sequence[Shard]
-) -> Ready:
-    """Begin a student, and let it give what the losses compare.
-
-    Raises:
-        TeacherError, RunError, InputError: as `begin_student` and `fit_student`.
-    """
-    named = {"text_tower": config.text_tower, "image_tower": config.image_tower}
-    begun = begin_student(plan.tower, plan.labels, config.dropout, init, head, plan.preprocessor, **named)
-    alone = isinstance(targets, LabelsOnly) or same_tokens(plan.preprocessor, begun.preprocessor)
-    tokens = None if alone else TokenAligner(plan.preprocessor, begun.preprocessor)
-    matched = fit_student(begun.student, targets, config, plan, tokens, shards)
-    reads = begun.preprocessor if alone else plan.preprocessor
-    return Ready(begun.student, begun.preprocessor, reads, tokens, matched)
-
-
-def fit_student(
-    student: DualEncoder,
-    targets: Targets,
-    config: TrainConfig,
-    plan: TrainingPlan,
-    tokens: TokenAligner | None = None,
-    shards: Sequence[Shard] = (),
-) -> Matched:
-    """Let a student give what the losses compare: the blocks of the layer map, maps of its heads and hidden states.
-
-    Args:
-        student: gets the maps as modules.
-        targets: what it is compared with.
-        config: losses.
-        plan: of the training.
-        tokens: where the student has a tokenizer of its own.
-        shards: whose texts and first picture are looked at where the student has tokens of its own.
-
-    Raises:
-        TeacherError: its heads cannot be compared with the teacher's.
-        InputError: the layer map names blocks that it does not have, or layers that the teacher does not have; or its
-            tokens cannot be compared with the teacher's.
-    """
-    if isinstance(targets, LabelsOnly) or not config.reads_records:
-        return Matched()
-    pairs = layers_of(targets, config)
-    if isinstance(targets, OnlineTargets):
-        wrong = [pair.name for pair in pairs if pair.teacher >= targets.teacher.layers]
-        if wrong:
-            raise InputError(f"expected the teacher's layers 0 to {targets.teacher.layers - 1}, got {', '.join(wrong)}")
-    check_blocks(pairs, min(tower.depth for tower in student.towers))
-    student.keep_blocks([pair.student for pair in pairs if pair.student is not None])
-    axes = axes_of(student, tokens, config)
-    notes: list[str] = []
-    if config.attention_weight:
-        cached = isinstance(targets, CachedTargets)
-        heads = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
-        maps = attention_maps(student, plan.tower, heads, len(pairs), mean_heads=plan.mean_heads)
-        if maps is not None:
-            student.add_module(ATTENTION_MAPS, maps)
-            notes.append(describe_maps(student, heads, plan.tower.hidden_size // plan.tower.num_attention_heads))
-        if axes.image is not None:
-            picture = shards[0].read(shards[0].keys[0]).images[0]
-            notes += describe_axes(student, axes, plan.preprocessor.grid(*picture.size()))
-        elif not axes.alike:
-            notes += describe_axes(student, axes, (0, 0))
-        if tokens is not None:
-            notes += check_texts(shards, tokens, drop=axes.drop)
-    if config.hidden_weight:
-        cached = isinstance(targets, CachedTargets)
-        width = targets.cache.spec.hidden_width if cached else targets.teacher.width  # type: ignore[union-attr]
-        projections = [nn.Linear(student.towers[0].width, width or 0) for _ in pairs]
-        student.add_module(PROJECTIONS, nn.ModuleList(projections))
-    return Matched(axes, tuple(notes))
-
-
-def exported(student: nn.Module) -> dict[str, Tensor]:
-    """The weights of a student without what served its training alone."""
-    alone = tuple(f"{name}." for name in (PROJECTIONS, ATTENTION_MAPS))
-    return {name: value for name, value in student.state_dict().items() if not name.startswith(alone)}

@@ -1,4 +1,4 @@
-"""Pictures and texts -> the tensors that a ViLT-like model reads, by the teacher's own processor.
+"""Pictures and texts -> the tensors that a teacher reads, by its own processor.
 
 Extraction and training go through this one module, so both see the same pixels and the same tokens.
 """
@@ -6,7 +6,7 @@ Extraction and training go through this one module, so both see the same pixels 
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,26 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
-from transformers import ViltProcessor
+from transformers import AutoTokenizer, BlipProcessor, BridgeTowerProcessor, FlavaProcessor, ViltProcessor
 
 from dde_cache.errors import InputError, TeacherError
+
+TOKENIZER = "tokenizer"
+"""Kind of the processor of a teacher that reads no pictures."""
+
+PROCESSORS: Mapping[str, Any] = {
+    processor.__name__: processor for processor in (ViltProcessor, BridgeTowerProcessor, BlipProcessor, FlavaProcessor)
+}
+"""Processors that are known, by name: a cache's assets come from strangers, and no class that they name is loaded
+otherwise."""
+
+_SETTINGS = "processor_config.json"
+
+_ALWAYS: dict[str, Any] = {"do_pad": False}
+"""Said at every call: pictures are padded here, not there."""
+
+_FLAVA = {"return_image_mask": False, "return_codebook_pixels": False}
+"""FLAVA's processor can draw masks at random, and pictures for its codebook: neither is read."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,16 @@ class PixelBatch:
 
 
 @dataclass(frozen=True)
+class RegionBatch:
+    """What a detector found in pictures: features and boxes of the regions of each, padded with 0 at the end, and their
+    number. A box is x0, y0, x1, y1 as parts of width and height."""
+
+    features: Float[Tensor, "b n f"]
+    boxes: Float[Tensor, "b n 4"]
+    count: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Token ids and their mask (1 = valid), padded at the end."""
 
@@ -37,47 +64,99 @@ class TokenBatch:
     mask: Int[Tensor, "b t"]
 
 
+@dataclass(frozen=True)
+class _TextAlone:
+    """The processor of a teacher that reads no pictures: its tokenizer."""
+
+    tokenizer: Any
+    image_processor: None = None
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
 class Preprocessor:
-    """A Hugging Face ViLT processor, held to what can be replayed.
+    """A Hugging Face processor, held to what can be replayed.
 
     Args:
         processor: tokenizer and image processor.
         patch_size: patch side in pixels; every processed picture must be a multiple of it.
         text_length: texts are cut to this many tokens, [CLS] and [SEP] included.
+        side: the one height and width in pixels that the teacher reads; None: any.
 
     Raises:
-        TeacherError: the processor would resize pictures to sides that the patch does not divide.
+        TeacherError: the processor would resize pictures to sides that the patch does not divide, or to others than
+            `side`.
     """
 
-    def __init__(self, processor: Any, patch_size: int, text_length: int) -> None:
+    def __init__(self, processor: Any, patch_size: int, text_length: int, side: int | None = None) -> None:
         self.processor = processor
         self.patch_size = patch_size
         self.text_length = text_length
+        self.side = side
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         images = processor.image_processor
-        if images.do_resize and (not images.size_divisor or images.size_divisor % patch_size):
+        self._options = _ALWAYS | (_FLAVA if type(images).__name__.startswith("Flava") else {})
+        divisor = getattr(images, "size_divisor", None)
+        if isinstance(processor, ViltProcessor) and images.do_resize and (not divisor or divisor % patch_size):
             raise TeacherError(
                 f"the image processor resizes pictures to multiples of {images.size_divisor} px, which the patch of "
                 f"{patch_size} px does not divide; set size_divisor to {patch_size}, or do_resize to false, in the "
                 "teacher's processor_config.json"
             )
+        if side is not None and images is not None and images.do_resize:
+            self._check_side(side)
 
-    @classmethod
-    def load(cls, folder: str | Path, patch_size: int, text_length: int) -> "Preprocessor":
-        """Load processor and tokenizer from a folder or hub id.
+    def _check_side(self, side: int) -> None:
+        """Refuse a processor that resizes pictures to another size than the teacher reads.
 
         Raises:
-            TeacherError: they are missing or unreadable.
+            TeacherError: it does.
         """
+        made = self._process(Image.new("RGB", (2 * side, 2 * side))).shape[1:]
+        if made != (side, side):
+            raise TeacherError(
+                f"the image processor makes pictures of {made[1]} x {made[0]} px, but the teacher reads {side} x "
+                f"{side} px; set size and crop_size in the teacher's processor_config.json"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        patch_size: int,
+        text_length: int,
+        *,
+        kind: str | None = None,
+        side: int | None = None,
+    ) -> "Preprocessor":
+        """Load processor and tokenizer from a folder or hub id.
+
+        Args:
+            folder: where they are.
+            patch_size, text_length, side: as above.
+            kind: name of the processor's class, or `TOKENIZER`; None: what the folder says of itself.
+
+        Raises:
+            TeacherError: they are missing, unreadable or of a class that is not known.
+        """
+        kind = kind or _kind_of(folder)
+        name = kind.removesuffix("Processor").replace("Vilt", "ViLT")
         try:
             # Said here, because the default asks on the terminal whether to run what a stranger's file names.
-            processor = ViltProcessor.from_pretrained(folder, trust_remote_code=False)
+            if kind == TOKENIZER:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                return cls(_TextAlone(tokenizer), patch_size, text_length)
+            processor = PROCESSORS[kind].from_pretrained(folder, trust_remote_code=False)
+            found = type(processor.image_processor).__name__
+            if not found.startswith(kind.removesuffix("Processor")):
+                raise ValueError(f"its image processor is a {found}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise TeacherError(
-                f"{folder}: expected a ViLT processor and tokenizer beside the model (processor_config.json, "
+                f"{folder}: expected a {name} processor and tokenizer beside the model (processor_config.json, "
                 f"tokenizer.json), but they cannot be loaded: {str(error).splitlines()[0]}"
             ) from error
-        return cls(processor, patch_size, text_length)
+        return cls(processor, patch_size, text_length, side)
 
     def save(self, folder: Path) -> None:
         """Write processor and tokenizer into a folder.
@@ -100,8 +179,19 @@ class Preprocessor:
         Raises:
             InputError: the result is not a whole number of patches.
         """
-        pixels = self.processor.image_processor(image, do_pad=False, return_tensors="np")["pixel_values"][0]
+        if self.processor.image_processor is None:
+            raise InputError(
+                "expected regions of pictures, got a picture: this teacher reads features of regions that a detector "
+                "found; give it a RegionBatch in Python"
+            )
+        pixels = self._process(image)
         height, width = pixels.shape[1:]
+        if self.side is not None and (height, width) != (self.side, self.side):
+            raise InputError(
+                f"expected a picture of {self.side} x {self.side} px, got {image.width} x {image.height} px ({width} x "
+                f"{height} after the processor); resize the pictures, or set do_resize, size and crop_size in the "
+                "teacher's processor_config.json"
+            )
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise InputError(
                 f"expected a picture whose sides are multiples of the patch of {self.patch_size} px, got "
@@ -109,6 +199,17 @@ class Preprocessor:
                 f"set do_resize and size_divisor={self.patch_size} in the teacher's processor_config.json"
             )
         return np.asarray(pixels, dtype=np.float32)
+
+    def _process(self, image: Image.Image) -> Float[np.ndarray, "c y x"]:
+        """What the library makes of one picture.
+
+        Raises:
+            InputError: it cannot resize it (to nothing, say, where it is a thin line).
+        """
+        try:
+            return self.processor.image_processor(image, return_tensors="np", **self._options)["pixel_values"][0]
+        except ValueError as error:
+            raise InputError(f"a picture of {image.width} x {image.height} px cannot be processed: {error}") from error
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Patch rows and columns of pictures of a size in pixels.
@@ -156,3 +257,12 @@ class Preprocessor:
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, before `tokens` cuts it."""
         return [len(ids) for ids in self.processor.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
+def _kind_of(folder: str | Path) -> str:
+    """The class of a folder's processor, by what its settings say; ViLT's where they do not."""
+    try:
+        named = json.loads((Path(folder) / _SETTINGS).read_bytes())["processor_class"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return ViltProcessor.__name__
+    return named if named in PROCESSORS else ViltProcessor.__name__

@@ -6,7 +6,7 @@ from typing import Any
 from dde_cache.choices import SAME
 from dde_cache.errors import InputError
 from dde_cache.replay import lacking_views
-from dde_cache.sources import CachedTargets, Targets
+from dde_cache.sources import Targets, caches_of
 from dde_cache.tasks import load_task
 from dde_cache.views import AS_PROCESSED
 
@@ -63,7 +63,13 @@ def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[s
         raise InputError(f"expected a preset of {', '.join(PRESETS)}, got {preset!r}")
     if init is None:
         raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
-    lacking = lacking_views(targets.cache.spec.view if isinstance(targets, CachedTargets) else AS_PROCESSED)
-    if isinstance(targets, CachedTargets) and (targets.cache.spec.k, targets.cache.spec.mass) != (None, None):
-        lacking.append(f"whole attention rows: the cache keeps {targets.cache.spec.kept} and the tail mass")
+    specs = [one.cache.spec for one in caches_of(targets)]
+    lacking = lacking_views(specs[0].view if specs else AS_PROCESSED)
+    lacking += [
+        f"whole attention rows: the cache keeps {spec.kept} and the tail mass"
+        for spec in specs
+        if (spec.k, spec.mass) != (None, None)
+    ]
+    if len(specs) > 1:
+        lacking.append(f"one teacher: there are {len(specs)}")
     return lacking

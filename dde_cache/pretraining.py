@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dde_cache.align import ALIKE, Axes
 from dde_cache.batches import Batch
-from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, StudentLosses, TrainConfig, student_output
+from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, TrainConfig, student_output
+from dde_cache.errors import InputError
 from dde_cache.passes import RECIPES, UNMASKED, PassName, of_pass, ordered
 from dde_cache.pretext import (
     MATCHING_ROWS,
@@ -25,7 +26,8 @@ from dde_cache.pretext import (
     word_logits,
 )
 from dde_cache.ranks import Ranks
-from dde_cache.sources import CachedTargets, LabelsOnly, Targets
+from dde_cache.several import losses_of
+from dde_cache.sources import LabelsOnly, Targets, caches_of
 from dde_cache.student import DualEncoderOutput
 from dde_cache.terms import Objective, Sizes, Term, pairs
 
@@ -42,7 +44,11 @@ class PretrainConfig(TrainConfig):
     task: str = Field(default=EVALUATED, pattern=f"^{EVALUATED}$", description="by which the student is evaluated")
     soft_weight: float = Field(default=0.0, ge=0, le=0)
     hard_weight: float = Field(default=0.0, ge=0, le=0)
+    ranking_weight: float = Field(default=0.0, ge=0, le=0)
     temperature: float = Field(default=1.0, ge=1, le=1, description="of soft labels, of which there are none")
+    head_learning_rate_factor: float = Field(
+        default=1.0, ge=1, le=1, description="of a task head, of which there is none"
+    )
     contrastive_weight: float = Field(default=1.0, ge=0)
     matching_weight: float = Field(default=1.0, ge=0)
     language_weight: float = Field(default=1.0, ge=0, description="of masked words")
@@ -61,6 +67,8 @@ class PretrainConfig(TrainConfig):
             )
         if self.passes is not None:
             ordered(self.passes)
+            if not self.reads_records:
+                raise ValueError("expected passes with attention or hidden weight above 0: whose else would they be?")
         return self
 
 
@@ -126,7 +134,7 @@ class PretrainLosses(Objective[Shown]):
     ) -> None:
         self._ranks, self._passes = ranks, tuple(passes)
         self._guesses = bool(config.language_weight)
-        self._attention = None if isinstance(targets, LabelsOnly) else StudentLosses(config, targets, mean_heads, axes)
+        self._attention = None if isinstance(targets, LabelsOnly) else losses_of(config, targets, mean_heads, axes)
         attention = self._attention.terms if self._attention is not None and config.reads_records else {}
         self._attends = bool(attention)
         table: dict[str, Term[Shown]] = {}
@@ -227,10 +235,16 @@ def passes_of(targets: Targets, config: PretrainConfig) -> tuple[PassName, ...]:
     """The passes whose attention is distilled: those that are asked for, or all that there are.
 
     A teacher that is run at every step is shown the matched pass, unless others are asked for.
+
+    Raises:
+        InputError: some are asked for, and there is no teacher.
     """
+    if isinstance(targets, LabelsOnly) and config.passes is not None:
+        raise InputError("expected passes with a cache or a teacher, whose attention they are of; leave them out")
     if isinstance(targets, LabelsOnly) or not config.reads_records:
         return ()
     if config.passes is not None:
         return ordered(config.passes)
-    held = targets.cache.spec.passes if isinstance(targets, CachedTargets) else (RECIPES["matched"],)
+    caches = caches_of(targets)
+    held = caches[0].cache.spec.passes if caches else (RECIPES["matched"],)
     return tuple(name for name, recipe in RECIPES.items() if recipe in held)

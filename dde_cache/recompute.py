@@ -158,6 +158,7 @@ class _Trial:
             padded_queries=every,
             whole=self._spec.has_whole,
             hidden=self._spec.hidden_width is not None,
+            logits=self._spec.classes is not None,
         )
         text = batch["attention_mask"].sum(-1)
         for row, pair in enumerate(chosen):

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dde_cache.errors import InputError, RunError, bullet_list
+from dde_cache.store import write_text
 from dde_cache.stream import Shuffle
 
 CHECKPOINTS = "checkpoints"
@@ -106,13 +107,16 @@ def open_run(
     path = folder / CONFIG
     values = config.model_dump(mode="json")
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(map(_is_something, folder.iterdir()))):
             what = "holds a run" if path.exists() else "is not empty and no run of ours"
             advice = "choose another --out" + (", or pass --resume" if path.exists() else "")
             raise RunError(f"{folder}: expected a new or empty folder, but it {what}; {advice}")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / INPUTS).write_text(json.dumps(inputs or {}, indent=1) + "\n")
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        for left in folder.iterdir():
+            left.unlink()
+        # A run has begun when its configuration is there: what was killed before that begins anew.
+        write_text(folder / INPUTS, json.dumps(inputs or {}, indent=1) + "\n")
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
         return
     if not path.is_file():
         raise RunError(f"{folder}: expected a run to resume, found none; start without --resume")
@@ -127,6 +131,11 @@ def open_run(
     ]
     if differences:
         raise RunError(f"{folder}: --resume needs what the run was begun with:{bullet_list(differences, 20)}")
+
+
+def _is_something(path: Path) -> bool:
+    """Whether a file is more than what a run leaves that is killed before it has begun."""
+    return path.name != INPUTS and not (path.name.startswith((f".{INPUTS}.", f".{CONFIG}.")))
 
 
 def _summary_writer() -> Any:

@@ -71,13 +71,19 @@ class EvaluationReport(BaseModel):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits and classes of every pair of some shards, in table order.
+    """Answers and labels of every pair of some shards, in table order.
 
-    Where answers are right by degrees, `score` is that of each largest logit; NaN for pairs without answers.
+    Attributes:
+        answer: class number of each largest logit. (The logits of all pairs would take gigabytes: VQAv2's validation
+            questions have 3,129 each.)
+        label: class number, `NO_LABEL` where there is none.
+        classes: how many there are.
+        score: where answers are right by degrees, how right each one is; NaN for pairs without answers.
     """
 
-    logits: Float[Tensor, "n c"]
+    answer: Int[Tensor, " n"]
     label: Int[Tensor, " n"]
+    classes: int
     score: Float[Tensor, " n"] | None = None
 
 
@@ -98,16 +104,18 @@ def predict(
         advance: called with the number of pairs done in each batch.
     """
     order = [list(range(start, min(start + batch_size, len(dataset)))) for start in range(0, len(dataset), batch_size)]
-    logits, labels, scores = [], [], []
+    answers, labels, scores, classes = [], [], [], 0
     with torch.inference_mode():
         for batch in batch_loader(dataset, order, workers):
-            logits.append(logits_of(batch).float().cpu())
+            logits = logits_of(batch).float().cpu()
+            answers.append(logits.argmax(-1))
             labels.append(batch["label"])
+            classes = logits.shape[1]
             if "scores" in batch:
-                chosen = batch["scores"].gather(1, logits[-1].argmax(-1, keepdim=True))[:, 0]
-                scores.append(torch.where(batch["answered"], chosen, torch.nan))
+                right = batch["scores"].gather(1, answers[-1][:, None])[:, 0]
+                scores.append(torch.where(batch["answered"], right, torch.nan))
             advance(len(labels[-1]))
-    return Predictions(torch.cat(logits), torch.cat(labels), torch.cat(scores) if scores else None)
+    return Predictions(torch.cat(answers), torch.cat(labels), classes, torch.cat(scores) if scores else None)
 
 
 def accuracy(predictions: Predictions) -> float:
@@ -118,7 +126,7 @@ def accuracy(predictions: Predictions) -> float:
     """
     if bool((predictions.label == NO_LABEL).all()):
         raise InputError("expected labels in the shards to measure accuracy, found none")
-    return _share(predictions.logits.argmax(-1), predictions.label, predictions.logits.shape[1])
+    return _share(predictions.answer, predictions.label, predictions.classes)
 
 
 def report(
@@ -142,7 +150,7 @@ def report(
     """
     accuracy(predictions)
     classes = {label: number for number, label in enumerate(labels)}
-    chosen = predictions.logits.argmax(-1)
+    chosen = predictions.answer
     guesses = {"accuracy": chosen}
     kinds: dict[str, list[int]] = {}
     frequent, to_question, taught = [], [], []

@@ -91,6 +91,7 @@ class Seer:
         spec: of the cache.
         preprocessor: of the dataset.
         student: whose attention stands beside the teacher's; None: the teacher alone.
+        block: of the student; None: its last.
         tokens: whether the student has a tokenizer of its own, and the dataset says how its tokens overlap.
         mean_heads: whether it was trained on the heads' average.
 
@@ -105,13 +106,16 @@ class Seer:
         spec: TargetSpec,
         preprocessor: Preprocessor,
         student: DualEncoder | None = None,
+        block: int | None = None,
         *,
         tokens: bool = False,
         mean_heads: bool = False,
     ) -> None:
         self._dataset, self._spec, self._preprocessor = dataset, spec, preprocessor
-        self._student = student
-        self._axes = Axes(student.image_tower.layout, tokens, drop=True) if student is not None else Axes()
+        self._student, self._block = student, block
+        if student is not None and block is not None:
+            student.keep_blocks([block])
+        self._axes = Axes() if student is None else Axes(student.image_tower.layout, tokens, drop=True)
         twins = student is None or (student.config.text is None and student.config.image is None)
         average = mean_heads or spec.heads == "mean"
         if student is not None and not twins and not heads_fit(student, spec.teacher_heads, mean_heads=average):
@@ -190,10 +194,10 @@ class Seer:
         mean = self.heads == 1
         student = []
         for slot in slots:
-            image = output.second if slot else output.image
-            text, picture = ((side.query_key, side.mask) for side in (output.text, image))
+            sides = output.text, output.second if slot else output.image
+            text, image = ((side.block(self._block).query_key, side.mask) for side in sides)
             rows = {
-                name: student_rows(name == "t2i", text, picture, (moved, slot), self._axes, mean_heads=mean)
+                name: student_rows(name == "t2i", text, image, (moved, slot), self._axes, mean_heads=mean)
                 for name in _BOTH
             }
             student.append({name: (log.cpu(), keys.cpu(), held.cpu()) for name, (log, keys, held) in rows.items()})

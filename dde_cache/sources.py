@@ -1,8 +1,8 @@
 """Where the teacher's signals come from: a cache, a teacher run beside the student, or nowhere."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import ViltConfig
@@ -45,7 +45,38 @@ class OnlineTargets:
     layer: int
 
 
-Targets = LabelsOnly | CachedTargets | OnlineTargets
+@dataclass(frozen=True)
+class CachedTeacher:
+    """One of several teachers: its cache, and its shares in the losses of each kind (0: none, and nothing is read).
+
+    Attributes:
+        name: in metrics and messages.
+        targets: its cache.
+        attention, soft, hidden: shares; each kind's are divided by their sum.
+        layer, layer_map: instead of the settings of these names, where one is given.
+    """
+
+    name: str
+    targets: CachedTargets
+    attention: float = 1.0
+    soft: float = 1.0
+    hidden: float = 1.0
+    layer: int | None = None
+    layer_map: str | None = None
+
+
+@dataclass(frozen=True)
+class SeveralTargets:
+    """Stream the targets of several teachers from caches of the same samples; the first gives tower and processor."""
+
+    teachers: tuple[CachedTeacher, ...]
+
+
+Targets = LabelsOnly | CachedTargets | OnlineTargets | SeveralTargets
+Alone = LabelsOnly | CachedTargets | OnlineTargets
+"""Of one teacher, or of none."""
+
+Config = TypeVar("Config", bound=DistillConfig)
 
 
 class Taught(NamedTuple):
@@ -62,14 +93,60 @@ class Taught(NamedTuple):
     logits: Any = None
 
 
+def caches_of(targets: Targets) -> tuple[CachedTargets, ...]:
+    """The caches that are read; the first is the one that others must be like."""
+    if isinstance(targets, SeveralTargets):
+        return tuple(teacher.targets for teacher in targets.teachers)
+    return (targets,) if isinstance(targets, CachedTargets) else ()
+
+
+def drift_allowed(targets: Targets) -> Targets:
+    """The same targets, also on views drawn with other pixels; what is no cache has none."""
+    if isinstance(targets, CachedTargets):
+        return replace(targets, allow_pixel_drift=True)
+    if isinstance(targets, SeveralTargets):
+        each = (replace(one, targets=replace(one.targets, allow_pixel_drift=True)) for one in targets.teachers)
+        return SeveralTargets(tuple(each))
+    return targets
+
+
+def parts_of(targets: Targets, config: Config) -> list[tuple[Alone, Config]]:
+    """Each teacher's targets, with the settings of its part in the losses: weights times shares, and layers.
+
+    Labels count once, with the first.
+    """
+    if not isinstance(targets, SeveralTargets):
+        return [(targets, config)]
+    kinds = ("attention", "soft", "hidden")
+    sums = {kind: sum(getattr(teacher, kind) for teacher in targets.teachers) or 1.0 for kind in kinds}
+    parts: list[tuple[Alone, Config]] = []
+    for number, teacher in enumerate(targets.teachers):
+        weights = {
+            f"{kind}_weight": getattr(config, f"{kind}_weight") * getattr(teacher, kind) / sums[kind] for kind in kinds
+        }
+        change: dict[str, Any] = weights | ({} if number == 0 else {"hard_weight": 0.0})
+        if (teacher.layer, teacher.layer_map) != (None, None):
+            change |= {"layer": teacher.layer, "layer_map": teacher.layer_map}
+        parts.append((teacher.targets, config.model_copy(update=change)))
+    return parts
+
+
+def averages_heads(targets: Alone, config: DistillConfig) -> bool:
+    """Whether attention is compared by its mean over heads."""
+    stored = targets.cache.spec.heads if isinstance(targets, CachedTargets) else None
+    return "mean" in (stored, config.heads)
+
+
 def images_of(targets: Targets) -> int | None:
     """Images that the teacher reads for one logit vector; None without a teacher."""
     if isinstance(targets, LabelsOnly):
         return None
+    if isinstance(targets, SeveralTargets):
+        return images_of(targets.teachers[0].targets)
     return targets.cache.spec.images if isinstance(targets, CachedTargets) else targets.teacher.images
 
 
-def layers_of(targets: Targets, config: DistillConfig) -> tuple[LayerPair, ...]:
+def layers_of(targets: Alone, config: DistillConfig) -> tuple[LayerPair, ...]:
     """The pairs of layers that are compared; without a teacher they mean nothing."""
     if isinstance(targets, OnlineTargets):
         # The layer that it was made for is the last of those that can be had.

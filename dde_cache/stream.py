@@ -101,6 +101,15 @@ class PairTable:
         ((n * views + v) * sides + s) * passes + p."""
         return PairTable(self._shards, views, sides, passes)
 
+    def shared(self, other: "PairTable") -> "PairTable":
+        """The pairs, each once, that another table of the same shards has too."""
+        shards = []
+        for one, two in zip(self._shards, other._shards, strict=True):
+            held = set(zip(two.keys, two.texts.tolist(), strict=True))
+            own = zip(one.keys, one.texts.tolist(), strict=True)
+            shards.append(ShardPairs.of([pair for pair in own if pair in held]))
+        return PairTable(shards)
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

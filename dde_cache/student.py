@@ -18,8 +18,8 @@ from transformers import initialization as init
 from transformers.models.vilt.modeling_vilt import TextEmbeddings
 from transformers.utils import ModelOutput
 
+from dde_cache.checkpoint import load_weights, read_config, resolve
 from dde_cache.errors import InputError
-from dde_cache.teacher import load_weights, read_config, resolve
 from dde_cache.towers.contract import Tower
 from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower, ImageShape, TextShape
 from dde_cache.towers.twins import ImageTower, TextTower

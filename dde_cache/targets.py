@@ -45,6 +45,7 @@ class CacheTargets:
         pixels: of which samples the pixels of a view are compared with what the teacher saw.
         allow_drift: warn about other pixels, once a process, instead of refusing them.
         passes: numbers of the passes that are read, in `spec.passes`; predictions are those of pass 0.
+        logits: whether to read predictions, where the cache has them.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class CacheTargets:
         pixels: Pixels = "spot",
         allow_drift: bool = False,
         passes: Sequence[int] = (0,),
+        logits: bool = True,
     ) -> None:
+        self._reads_logits = logits and cache.spec.classes is not None
         self._passes = tuple(passes)
         self._cache, self._layers = cache, (layer,) if isinstance(layer, int) else tuple(layer)
         self._kinds = tuple(rows) if attention else ()
@@ -229,8 +232,8 @@ class CacheTargets:
             # Most of a unit's opening is its hash. What is behind a URL is fetched one by one, when it is opened.
             in_threads(self._cache.check, [self._entries[name] for name in named if name not in self._units])
         batch: dict[str, Tensor] = {}
-        if self._cache.spec.classes is not None and not any(pair.pass_number for pair in pairs):
-            batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes))
+        if self._reads_logits and not any(pair.pass_number for pair in pairs):
+            batch["logits"] = torch.from_numpy(self._gather_logits(pairs, self._cache.spec.classes or 0))
         if not self._reads_records:
             return batch
         mirrored = [row for row, pair in enumerate(pairs) if pair.mirrored]

@@ -1,58 +1,43 @@
-"""Fusion encoders that give cross-modal attention: the only file that knows how a teacher is loaded and run.
+"""Fusion encoders that give cross-modal attention: how a teacher is loaded and run, whatever its family.
 
-The teacher is a stock Hugging Face ViLT. Its picture embedding is replaced by `vilt.embed_patches` (the stock one puts
-patches in random order), and of its attention only the query and key projections of the layers asked for are kept: the
-two cross-modal blocks are computed from them, the whole attention never is.
+A family (`teachers/`) gives the query and key projections of the layers asked for; the two cross-modal blocks are
+computed from them here, the whole attention never is. What nobody asks for is not computed: attention weights of the
+other blocks, and everything behind the last layer where no logits are wanted.
 """
 
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    ViltConfig,
-    ViltForImageAndTextRetrieval,
-    ViltForImagesAndTextClassification,
-    ViltForMaskedLM,
-    ViltForQuestionAnswering,
-    ViltModel,
-)
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import ViltConfig
 
-from dde_cache.attention import QueryKey, block_softmax, valid_first
+from dde_cache.attention import block_softmax, valid_first
+from dde_cache.checkpoint import SAMPLE_TEACHER as SAMPLE_TEACHER
+from dde_cache.checkpoint import hash_weights, load_preprocessor, load_weights, read_family, resolve
+from dde_cache.checkpoint import read_config as read_config
 from dde_cache.errors import InputError, TeacherError
-from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
-from dde_cache.spec import Rows
-from dde_cache.vilt import capture_query_key, capture_states, embed_patches
-
-SAMPLE_TEACHER = "sample"
-"""Name of the teacher that ships with the package."""
-
-_FAMILY = {
-    model.__name__: model
-    for model in (
-        ViltForQuestionAnswering,
-        ViltForImagesAndTextClassification,
-        ViltModel,
-        ViltForMaskedLM,
-        ViltForImageAndTextRetrieval,
-    )
-}
+from dde_cache.preprocess import PixelBatch, Preprocessor, RegionBatch, TokenBatch
+from dde_cache.spec import Direction, Rows
+from dde_cache.teachers import ARCHITECTURES, Family
+from dde_cache.teachers.contract import HiddenStates as HiddenStates
+from dde_cache.teachers.contract import Projections, Wanted
+from dde_cache.teachers.quick import quick_attention
+from dde_cache.teachers.vilt import task_logits as task_logits
 
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """Attention of each modality over the other's valid keys; rows sum to 1, image axis [CLS; row-major patches]."""
+    """Attention of each modality over the other's valid keys; rows sum to 1, the image axis is what the rule says.
+
+    `i2t` is None in a family that has text queries alone.
+    """
 
     t2i: Float[Tensor, "b h t v"]
-    i2t: Float[Tensor, "b h v t"]
+    i2t: Float[Tensor, "b h v t"] | None
 
 
 @dataclass(frozen=True)
@@ -61,14 +46,6 @@ class WholeAttention:
 
     t2w: Float[Tensor, "b h t n"]
     i2w: Float[Tensor, "b h v n"]
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """What a block puts out, by modality; what lies behind the valid tokens means nothing."""
-
-    text: Float[Tensor, "b t w"]
-    image: Float[Tensor, "b v w"]
 
 
 @dataclass(frozen=True)
@@ -84,118 +61,87 @@ class TeacherOutput:
     hidden: Mapping[tuple[int, int], HiddenStates] = field(default_factory=dict)
 
     def rows(self, name: Rows, image: int, layer: int) -> Float[Tensor, "b h q k"]:
-        """One kind of attention rows."""
-        return getattr((self.attention if name in ("t2i", "i2t") else self.whole)[image, layer], name)
+        """One kind of attention rows.
 
-
-def joint_pass(
-    vilt: Any, tokens: TokenBatch, pictures: PixelBatch, image_slot: int = 0, padding: int = 0
-) -> tuple[Float[Tensor, "b w"] | None, Int[Tensor, "b v"]]:
-    """Run ViLT on pairs with the image axis in row-major order.
-
-    Args:
-        vilt: a `ViltModel`.
-        tokens: texts.
-        pictures: pictures, one a text.
-        image_slot: 0 for the first picture of a sample, 1 for the second (NLVR2's token type 2).
-        padding: padded image tokens beyond the largest picture.
-
-    Returns:
-        The pooled output (None without a pooler) and the mask of image tokens.
-    """
-    embeddings = vilt.embeddings
-    embeds, mask = embed_patches(
-        embeddings.patch_embeddings.projection,
-        embeddings.cls_token,
-        embeddings.position_embeddings,
-        pictures.pixels,
-        pictures.grid,
-        padding,
-    )
-    output = vilt(
-        input_ids=tokens.ids,
-        attention_mask=tokens.mask,
-        image_embeds=embeddings.dropout(embeds),
-        pixel_mask=mask.long(),
-        image_token_type_idx=image_slot + 1,
-    )
-    return output.pooler_output, mask
-
-
-def task_logits(model: Any, tokens: TokenBatch, pictures: Sequence[PixelBatch]) -> Float[Tensor, "b c"]:
-    """Logits of a ViLT with a classification head, one joint pass a picture."""
-    return _classify(model, [joint_pass(model.vilt, tokens, picture, slot)[0] for slot, picture in enumerate(pictures)])
-
-
-def _classify(model: Any, pooled: Sequence[Float[Tensor, "b w"] | None]) -> Float[Tensor, "b c"]:
-    # A model with a classification head has a pooler.
-    return model.classifier(torch.cat([vector for vector in pooled if vector is not None], dim=-1))
+        Raises:
+            TeacherError: its family has no such rows.
+        """
+        found = getattr((self.attention if name in ("t2i", "i2t") else self.whole)[image, layer], name)
+        if found is None:
+            raise TeacherError(
+                f"expected {name} attention, but this teacher has t2i alone; train with --directions t2i"
+            )
+        return found
 
 
 class FusionTeacher:
     """A frozen fusion encoder with its processor.
 
     Args:
-        model: a Hugging Face ViLT, with or without a task head.
+        model: of one of the architectures of `teachers`, with or without a task head.
         preprocessor: its processor.
     """
 
     def __init__(self, model: Any, preprocessor: Preprocessor) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.preprocessor = preprocessor
-        self.config: ViltConfig = model.config
+        self.config: Any = model.config
+        self.family: Family = ARCHITECTURES[type(model).__name__][0](model)
+        self.shape = self.family.shape(self.config.to_dict())
 
     @classmethod
     def load(cls, name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "FusionTeacher":
         """Load a checkpoint folder, a hub id, or the sample teacher (`sample`).
 
         Raises:
-            TeacherError: nothing is there, it is no ViLT, or model and processor do not fit each other.
+            TeacherError: nothing is there, it is of no family that we know, or model and processor do not fit each
+                other.
         """
         path = resolve(name)
-        config = read_config(path)
-        architecture = (config.architectures or ["ViltModel"])[0]
-        family = _FAMILY.get(architecture)
-        if family is None:
+        config, family, architecture = read_family(path)
+        preprocessor = load_preprocessor(path, config, family)
+        model = load_weights(architecture, path, config)
+        words, entries = len(preprocessor.processor.tokenizer), family.shape(config.to_dict()).words
+        if words > entries:
             raise TeacherError(
-                f"{name}: expected a fusion encoder that we can read attention from ({', '.join(_FAMILY)}), got "
-                f"{architecture}"
-            )
-        model = load_weights(family, path, config)
-        preprocessor = Preprocessor.load(path, config.patch_size, config.max_position_embeddings)
-        words = len(preprocessor.processor.tokenizer)
-        if words > config.vocab_size:
-            raise TeacherError(
-                f"{name}: the tokenizer has {words} entries, the model {config.vocab_size}; they do not belong together"
+                f"{name}: the tokenizer has {words} entries, the model {entries}; they do not belong together"
             )
         return cls(model.to(device=device, dtype=dtype), preprocessor)
 
     @property
     def layers(self) -> int:
-        """Number of blocks."""
-        return int(self.config.num_hidden_layers)
+        """Number of blocks with cross-modal attention."""
+        return self.shape.layers
 
     @property
     def heads(self) -> int:
         """Number of attention heads."""
-        return int(self.config.num_attention_heads)
+        return self.shape.heads
 
     @property
     def width(self) -> int:
         """Width of the hidden states."""
-        return int(self.config.hidden_size)
+        return self.shape.width
+
+    @property
+    def tower(self) -> ViltConfig:
+        """The shape of a new student's towers."""
+        return self.family.towers(self.config.to_dict())
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The answers in logit order, or None where the teacher has no task head."""
-        if not hasattr(self.model, "classifier"):
-            return None
-        return tuple(str(self.config.id2label[number]) for number in range(self.config.num_labels))
+        """The answers in logit order, or None where the teacher has no head."""
+        return self.family.answers(type(self.model), self.config)
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Which maps it gives."""
+        return self.family.directions
 
     @property
     def images(self) -> int:
         """How many images a sample must have."""
-        return int(self.config.num_images) if isinstance(self.model, ViltForImagesAndTextClassification) else 1
+        return self.family.images
 
     def weights_hash(self) -> str:
         """SHA-256 of every tensor's name, type, shape and bytes, whatever files they came in."""
@@ -205,12 +151,13 @@ class FusionTeacher:
     def __call__(
         self,
         tokens: TokenBatch,
-        pictures: Sequence[PixelBatch],
+        pictures: Sequence[PixelBatch | RegionBatch],
         layers: Sequence[int],
         *,
         padded_queries: bool = False,
         whole: bool = False,
         hidden: bool = False,
+        logits: bool = True,
     ) -> TeacherOutput:
         """Run the teacher and compute the cross-modal blocks of `layers`.
 
@@ -221,123 +168,76 @@ class FusionTeacher:
             padded_queries: keep one padded image row, at the position after the picture's last token.
             whole: give the rows over the whole sequence too.
             hidden: give the hidden states too.
+            logits: give them where there is a head; without them, nothing behind the last of `layers` is computed.
 
         Raises:
             InputError: the teacher wants another number of pictures.
+            TeacherError: its family does not have what is asked for.
         """
         if self.images != len(pictures):
             raise InputError(f"expected {self.images} images a sample for this teacher, got {len(pictures)}")
-        vilt = self.model.vilt if hasattr(self.model, "vilt") else self.model
-        attention, whole_rows, states = {}, {}, {}
-        pooled = []
-        blocks, length = vilt.encoder.layer, tokens.mask.shape[1]
+        lacking = self.lacks(padded_queries=padded_queries, whole=whole, hidden=hidden)
+        if lacking:
+            raise TeacherError(f"expected what a teacher of family {self.family.name} has; {'; '.join(lacking)}")
+        wanted = Wanted(tuple(layers), hidden, logits and self.labels is not None, int(padded_queries))
+        if not wanted.layers and not wanted.summary:
+            return TeacherOutput({}, None)
+        attention, whole_rows, summaries = {}, {}, []
+        states: dict[tuple[int, int], HiddenStates] = {}
         for slot, picture in enumerate(pictures):
-            with capture_query_key(blocks, layers) as capture, capture_states(blocks, layers if hidden else ()) as held:
-                pool, image_mask = joint_pass(vilt, tokens, picture, slot, padding=int(padded_queries))
-            pooled.append(pool)
-            for layer in layers:
-                attention[slot, layer] = cross_attention(capture[layer], tokens.mask.bool(), image_mask)
+            with quick_attention(self.model, self.family.attention):
+                reading = self.family.read(tokens, picture, wanted, slot)
+            summaries.append(reading.summary)
+            masks = tokens.mask.bool(), reading.image_mask
+            for layer, block in reading.projections.items():
+                attention[slot, layer] = cross_attention(block, *masks)
                 if whole:
-                    whole_rows[slot, layer] = whole_attention(capture[layer], tokens.mask.bool(), image_mask)
-                if hidden:
-                    states[slot, layer] = HiddenStates(held[layer][:, :length], held[layer][:, length:])
-        logits = None if self.labels is None else _classify(self.model, pooled).float()
-        return TeacherOutput(attention, logits, whole_rows, states)
+                    whole_rows[slot, layer] = whole_attention(block, *masks)
+            states |= {(slot, layer): held for layer, held in reading.states.items()}
+        answer = self.family.answer(summaries).float() if wanted.summary else None
+        return TeacherOutput(attention, answer, whole_rows, states)
+
+    def lacks(self, *, padded_queries: bool = False, whole: bool = False, hidden: bool = False) -> list[str]:
+        """What of some wishes its family does not have, and what to do about each."""
+        family = self.family
+        wishes = (
+            (whole and not family.whole, "it has no attention over the whole sequence: leave whole out of --targets"),
+            (hidden and not family.hidden, "its blocks have no states of the image: leave hidden out of --targets"),
+            (
+                padded_queries and not family.padded_queries,
+                "its pictures are never padded, so it has no padded image row: use --queries valid",
+            ),
+        )
+        return [line for lacking, line in wishes if lacking]
 
 
-def cross_attention(joint: QueryKey, text_mask: Int[Tensor, "b t"], image_mask: Int[Tensor, "b v"]) -> CrossAttention:
-    """The two cross-modal blocks of a joint self-attention over [text; image]."""
-    length = text_mask.shape[1]
-    scale = joint.query.shape[-1] ** -0.5
-    text_query, image_query = joint.query[:, :, :length], joint.query[:, :, length:]
-    text_key, image_key = joint.key[:, :, :length], joint.key[:, :, length:]
-    return CrossAttention(
-        t2i=block_softmax(text_query, image_key, image_mask, scale),
-        i2t=block_softmax(image_query, text_key, text_mask, scale),
-    )
+def cross_attention(
+    block: Projections, text_mask: Bool[Tensor, "b t"], image_mask: Bool[Tensor, "b v"]
+) -> CrossAttention:
+    """The cross-modal maps of a block."""
+    scale = block.text_query.shape[-1] ** -0.5
+    i2t = None
+    if block.image_query is not None and block.text_key is not None:
+        i2t = block_softmax(block.image_query, block.text_key, text_mask, scale)
+    return CrossAttention(t2i=block_softmax(block.text_query, block.image_key, image_mask, scale), i2t=i2t)
 
 
-def whole_attention(joint: QueryKey, text_mask: Bool[Tensor, "b t"], image_mask: Bool[Tensor, "b v"]) -> WholeAttention:
-    """A joint self-attention over [text; image], the valid keys of each sample first."""
+def whole_attention(
+    block: Projections, text_mask: Bool[Tensor, "b t"], image_mask: Bool[Tensor, "b v"]
+) -> WholeAttention:
+    """A joint self-attention over [text; image], the valid keys of each sample first.
+
+    Raises:
+        TeacherError: the block is of a one-way family.
+    """
+    if block.image_query is None or block.text_key is None:
+        raise TeacherError("expected a block in which both modalities have queries and keys, got a one-way block")
+    query = torch.cat([block.text_query, block.image_query], dim=2)
+    key = torch.cat([block.text_key, block.image_key], dim=2)
     mask = torch.cat([text_mask, image_mask], dim=1)
-    rows = block_softmax(joint.query, joint.key, mask, joint.query.shape[-1] ** -0.5)
+    rows = block_softmax(query, key, mask, query.shape[-1] ** -0.5)
     # Where nothing is padded, the keys are in their order already.
     if not bool(mask.all()):
         rows = rows.gather(-1, valid_first(mask)[:, None, None, :].expand(rows.shape))
     length = text_mask.shape[1]
     return WholeAttention(t2w=rows[:, :, :length], i2w=rows[:, :, length:])
-
-
-def hash_weights(model: nn.Module) -> str:
-    """SHA-256 of every tensor's name, type, shape and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def resolve(name: str | Path) -> str:
-    """Turn `sample` into the folder of the teacher that ships with the package; leave folders and hub ids as they are.
-
-    Raises:
-        TeacherError: no such folder, and not the form of a hub id.
-    """
-    text = str(name)
-    if text == SAMPLE_TEACHER:
-        return str(Path(__file__).parent / "sample_teacher")
-    path = Path(text)
-    if not path.is_dir() and (path.exists() or path.parent.is_dir() or not _HUB_ID.fullmatch(text)):
-        raise TeacherError(
-            f"{text}: expected a checkpoint folder, a hub id (owner/name) or `{SAMPLE_TEACHER}`; no such folder"
-        )
-    return text
-
-
-def read_config(name: str) -> ViltConfig:
-    """Read a checkpoint's configuration.
-
-    Raises:
-        TeacherError: it is missing, unreadable, or not a ViLT's.
-    """
-    try:
-        config: Any = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise TeacherError(
-            f"{name}: expected a folder or hub id with a ViLT checkpoint (config.json, model.safetensors, processor), "
-            f"but it cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(config, ViltConfig):
-        raise TeacherError(f"{name}: expected a fusion encoder (model_type vilt), got model_type {config.model_type}")
-    return config
-
-
-def load_weights(family: Any, path: str, config: ViltConfig, optional: Sequence[str] = ()) -> Any:
-    """Load a checkpoint into a model class, and see that nothing is left at random numbers.
-
-    Args:
-        family: a ViLT of Hugging Face.
-        path: folder or hub id.
-        config: its configuration.
-        optional: modules that the checkpoint may lack or hold in another shape; they start from random numbers then.
-
-    Raises:
-        TeacherError: the files cannot be read, or tensors are missing or of another shape.
-    """
-    try:
-        model, report = family.from_pretrained(
-            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise TeacherError(f"{path}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
-    missing = sorted({*report["missing_keys"], *(name for name, *_shapes in report["mismatched_keys"])})
-    missing = [name for name in missing if not name.startswith(tuple(f"{part}." for part in optional))]
-    if missing:
-        raise TeacherError(
-            f"{path}: expected the weights of {family.__name__}, but {len(missing)} tensors are missing or of another "
-            f"shape, for example {missing[0]}; it would run with random numbers in their place"
-        )
-    return model

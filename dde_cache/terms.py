@@ -69,6 +69,10 @@ class Objective(Generic[Output]):
         """Rows of each term in all of some batches."""
         return {name: sum(term.rows(batch, sizes) for batch in batches) for name, term in self._terms.items()}
 
+    def run(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Output:
+        """What the terms compare."""
+        return self._run(model, batch, sizes)
+
     def sums(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Mapping[str, Tensor]:
         """Run the model on one batch; the sum of each term."""
         output = self._run(model, batch, sizes)

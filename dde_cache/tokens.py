@@ -23,7 +23,7 @@ def with_tokenizer(preprocessor: Preprocessor, tokenizer: Any, text_length: int)
     """The same pictures, with other tokens, of which at most `text_length` are read."""
     family = type(preprocessor.processor)
     processor = family(preprocessor.processor.image_processor, tokenizer)
-    return Preprocessor(processor, preprocessor.patch_size, text_length)
+    return Preprocessor(processor, preprocessor.patch_size, text_length, preprocessor.side)
 
 
 def same_tokens(one: Preprocessor, other: Preprocessor) -> bool:
@@ -56,8 +56,7 @@ def overlaps(teacher: Spans, student: Spans) -> Int[np.ndarray, "b t s"]:
     """
     start = np.maximum(teacher.place[:, :, None, 0], student.place[:, None, :, 0])
     end = np.minimum(teacher.place[:, :, None, 1], student.place[:, None, :, 1])
-    plain = ~teacher.special[:, :, None] & ~student.special[:, None, :]
-    shared = np.where(plain, np.clip(end - start, 0, None), 0)
+    shared = np.clip(end - start, 0, None)
     rows = np.arange(len(shared))
     for last in (False, True):
         places = [_edge(side, last=last) for side in (teacher, student)]

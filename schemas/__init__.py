@@ -5,12 +5,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from dde_cache.candidates import CandidateAttributes
 from dde_cache.demo import DemoReport
 from dde_cache.embed import EmbedReport
 from dde_cache.embeddings import EmbeddingIndex
 from dde_cache.export import ExportRecord
 from dde_cache.extract import ExtractConfig, ExtractSummary
+from dde_cache.matching import ScoreAttributes, ScoreIndex, ScoreReport
 from dde_cache.merge import MergeReport
+from dde_cache.mine import MineReport
 from dde_cache.objects import Receipts
 from dde_cache.plan import ExtractPlan
 from dde_cache.predict import Prediction
@@ -20,6 +23,7 @@ from dde_cache.repair import RepairReport
 from dde_cache.samples import SampleRecord, ShardsIndex
 from dde_cache.scores import Baselines, EvaluationReport
 from dde_cache.search import SearchReport
+from dde_cache.several import TeachersFile
 from dde_cache.share import TransferReport
 from dde_cache.spec import Manifest, UnitAttributes
 from dde_cache.stored_rows import EmbeddingAttributes
@@ -32,6 +36,7 @@ from dde_cache.verify import VerifyReport
 MODELS: dict[str, type[BaseModel]] = {
     "baselines": Baselines,
     "cache-summary": CacheSummary,
+    "candidate-attributes": CandidateAttributes,
     "demo-report": DemoReport,
     "embed-report": EmbedReport,
     "embedding-attributes": EmbeddingAttributes,
@@ -43,6 +48,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "extract-summary": ExtractSummary,
     "manifest": Manifest,
     "merge-report": MergeReport,
+    "mine-report": MineReport,
     "pair-links": PairLinks,
     "pretrain-config": PretrainConfig,
     "prediction": Prediction,
@@ -51,10 +57,14 @@ MODELS: dict[str, type[BaseModel]] = {
     "repair-report": RepairReport,
     "run": RunRecord,
     "sample": SampleRecord,
+    "score-attributes": ScoreAttributes,
+    "score-report": ScoreReport,
+    "scores": ScoreIndex,
     "search-report": SearchReport,
     "shards": ShardsIndex,
     "subset-report": SubsetReport,
     "teach-config": TeachConfig,
+    "teachers": TeachersFile,
     "train-config": TrainConfig,
     "transfer-report": TransferReport,
     "unit-attributes": UnitAttributes,

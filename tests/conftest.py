@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of programs that tests start, too: threads of several tests at a time would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -10,6 +12,12 @@ import torch
 from browser import Browser, find_browser
 from hypothesis import settings
 from PIL import Image
+from strictness import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 from transformers import (
     BertTokenizer,
     ViltConfig,
@@ -120,24 +128,3 @@ def browser(tmp_path_factory):
     opened = Browser(executable, tmp_path_factory.mktemp("browser"))
     yield opened
     opened.close()
-
-
-def pytest_collection_modifyitems(config, items):
-    """`.ci/run` says so where no browser can be installed: then the tests that need one are left out, and counted."""
-    if os.environ.get("DDE_CACHE_NO_BROWSER"):
-        config.hook.pytest_deselected(items=[item for item in items if "browser" in item.fixturenames])
-        items[:] = [item for item in items if "browser" not in item.fixturenames]
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Where nothing may skip (CI has everything that the tests need), a skip is a failure."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if skipped and os.environ.get("DDE_CACHE_NO_SKIPS"):
-        terminalreporter.write_line(f"{len(skipped)} tests were skipped, and none may be here", red=True)
-
-
-def pytest_sessionfinish(session):
-    if os.environ.get("DDE_CACHE_NO_SKIPS") and session.testscollected:
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter.stats.get("skipped"):
-            session.exitstatus = 1

@@ -239,6 +239,13 @@ def test_special_tokens_without_counterpart(options, lacking):
     assert overlap.sum() == 5
 
 
+def test_a_text_of_special_tokens_alone():
+    """The one that a tokenizer writes opens the text; it does not end it too."""
+    assert aligner().lacking([""]) == []
+    (found,) = aligner(ends=False).lacking([""])
+    assert found == "'[SEP]' in ''"
+
+
 def test_a_text_that_is_longer_than_the_student_reads():
     one = aligner(length=8)
     text = "is there a red square ?"

@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
-    "bucketing", "extraction", "inference", "memory", "plan", "reading", "remap", "sample_teacher", "size",
+    "bucketing", "extraction", "inference", "memory", "plan", "reading", "remap", "sample_teacher", "size", "teachers",
     "training_step",
 )  # fmt: skip
 CAMPAIGNS = ("faults", "fuzz")

@@ -190,10 +190,13 @@ def test_wrong_teachers(road, tmp_path):
 
     extraction(tmp_path / "nowhere", "expected a checkpoint folder, a hub id (owner/name) or `sample`")
     (tmp_path / "empty").mkdir()
-    extraction(tmp_path / "empty", "expected a folder or hub id with a ViLT checkpoint")
+    extraction(tmp_path / "empty", "expected a folder or hub id with a checkpoint of a fusion encoder")
     shape = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertModel(shape).save_pretrained(tmp_path / "bert")
-    extraction(tmp_path / "bert", "expected a fusion encoder (model_type vilt), got model_type bert")
+    extraction(
+        tmp_path / "bert",
+        "expected a fusion encoder (model_type vilt, bridgetower, blip, flava, lxmert), got model_type bert",
+    )
     resizing = shutil.copytree(road / "teacher", tmp_path / "resizing")
     path = resizing / "processor_config.json"
     settings = json.loads(path.read_text())
@@ -297,6 +300,7 @@ def test_wrong_options(road, tmp_path):
         "train", road / "train", "--targets", road / "cache-train", "--preset", "vilt", "--out", tmp_path / "r",
         expected="expected --preset dide or dide-t2i",
     )  # fmt: skip
+    labels = ("--targets", "none", "--like", road / "cache-train")
     for options, expected in (
         ((), "got none of them"),
         (("--targets", road / "cache-train", "--teacher", road / "teacher"), "got both"),
@@ -310,7 +314,29 @@ def test_wrong_options(road, tmp_path):
         (("--targets", road / "cache-train", "--set", "steps=["), "with a value in YAML"),
         (("--targets", road / "cache-train", "--batch-size", 100), "at least one batch of 100 pairs, got 72 pairs"),
         (("--targets", road / "cache-train", "--batch-size", 8, "--resume"), "expected a run to resume, found none"),
+        (("--teacher", road / "teacher", "--on-missing", "skip"), "expected --on-missing with --targets CACHE alone"),
+        ((*labels, "--on-missing", "skip"), "expected --on-missing with --targets CACHE alone"),
+        ((*labels, "--allow-pixel-drift"), "expected --allow-pixel-drift with a cache of views alone"),
+        (("--targets", road / "cache-train", "--allow-pixel-drift"), "--allow-pixel-drift with a cache of views alone"),
+        (
+            (*labels, "--task", "retrieval", "--set", "head_learning_rate_factor=3"),
+            "expected head_learning_rate_factor 1",
+        ),
     ):
+        fails("train", road / "train", "--out", tmp_path / "r", *options, expected=expected)
+        assert not (tmp_path / "r").exists()
+    page = ("view", road / "cache-train", road / "train", "--out", tmp_path / "page.html")
+    for options, expected in (
+        (("--key", "000000", "--count", 3), "expected --count and --among without --key and --keys"),
+        (("--key", "000000", "--among", 3), "expected --count and --among without --key and --keys"),
+        (("--device", "cpu"), "expected --device together with --run"),
+    ):
+        fails(*page, *options, expected=expected)
+    fails(
+        "embed", road / "run", "--texts", road / "train", "--skip-bad", "--out", tmp_path / "store",
+        expected="expected --skip-bad with --images alone",
+    )  # fmt: skip
+    for options, expected in ((("--targets", road / "cache-train", "--set", "steps=0"), "steps"),):
         fails("train", road / "train", "--out", tmp_path / "r", *options, expected=expected)
         assert not (tmp_path / "r").exists()
     fails("teacher", "train", road / "train", "--out", tmp_path / "t", "--batch-size", 100, expected="got 72 pairs")

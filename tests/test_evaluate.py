@@ -108,7 +108,7 @@ def test_scores_of_arbitrary_logits(train_shards, test_shards):
     logits = generator.normal(size=(len(pairs), 3)).astype(np.float32)
     taught = {(key, slot): torch.from_numpy(generator.normal(size=3)) for key, slot, *_ in pairs}
     label = torch.tensor([LABELS.index(label) if label else -100 for *_, label in pairs])
-    predictions = Predictions(torch.from_numpy(logits), label)
+    predictions = Predictions(torch.from_numpy(logits).argmax(-1), label, logits.shape[1])
     found = report(predictions, test_shards, LABELS, Baselines.of(train_shards), taught)
     expected = oracle(pairs, logits, rows(train_shards), taught)
     assert_scores(found, expected)
@@ -130,7 +130,7 @@ def test_an_unseen_question_gets_the_most_frequent_answer(train_shards):
 def test_a_baseline_outside_the_vocabulary_is_wrong(test_shards):
     pairs = rows(test_shards)
     label = torch.tensor([LABELS.index(label) if label else -100 for *_, label in pairs])
-    predictions = Predictions(torch.zeros(len(pairs), 3), label)
+    predictions = Predictions(torch.zeros(len(pairs), dtype=torch.int64), label, 3)
     found = report(predictions, test_shards, LABELS, Baselines(answer="maybe", by_question={}))
     assert found.overall.frequent_answer == found.overall.frequent_answer_to_question == 0
 

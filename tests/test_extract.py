@@ -156,7 +156,7 @@ def test_two_extractions_of_different_shards(shards, finished, teacher_folder, t
 
 
 def test_out_of_memory_says_so_and_changes_nothing(teacher_folder, tmp_path):
-    """The address space ends a little above what is used: attention over 2,501 image tokens does not fit."""
+    """The address space ends a little above what is used: whole rows over 2,501 image tokens do not fit."""
     import resource
 
     shards = make_shards(tmp_path / "train", make_samples(4, sizes=((600, 600),)), size=4)
@@ -166,7 +166,8 @@ def test_out_of_memory_says_so_and_changes_nothing(teacher_folder, tmp_path):
         most = pages * resource.getpagesize() + 300 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
-    child = Child(*command(shards, teacher_folder, tmp_path / "cache"), folder=tmp_path, before=limit)
+    options = "--targets", "cross,whole"
+    child = Child(*command(shards, teacher_folder, tmp_path / "cache", *options), folder=tmp_path, before=limit)
     assert child.wait() == 1, child.printed
     assert "Traceback" not in child.printed
     assert "not enough memory on cpu for a batch of 4 pairs; pass a smaller --batch-size" in child.message

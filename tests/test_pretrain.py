@@ -25,6 +25,7 @@ from dde_cache.fit import Progress
 from dde_cache.inference import Student
 from dde_cache.initial import announced, build_student
 from dde_cache.passes import UNMASKED, of_pass
+from dde_cache.prepare import labels_only
 from dde_cache.pretext import (
     Everyone,
     Pretrainer,
@@ -456,6 +457,12 @@ def test_settings_that_make_no_sense(settings, message):
         (["--passes", "matched"], "--stage pretrain alone"),
         (["--stage", "both"], "--stage pretrain or finetune"),
         (["--stage", "pretrain", "--passes", "matched,other"], "passes"),
+        (
+            ["--stage", "pretrain", "--passes", "matched", "--set", "attention_weight=0"],
+            "passes with attention or hidden",
+        ),
+        (["--stage", "pretrain", "--passes", "matched, negative", "--batch-size", "999"], "at least one batch of 999"),
+        (["--stage", "pretrain", "--set", "head_learning_rate_factor=10"], "head_learning_rate_factor"),
         (["--stage", "pretrain", "--passes", ""], "passes"),
     ],
 )
@@ -472,6 +479,13 @@ def test_a_pass_that_the_cache_lacks_is_refused(labelled, tmp_path):
     with pytest.raises(CacheError, match=r"it has matched; extract with --passes matched,negative"):
         pretrain(shards, CachedTargets(cache), tmp_path / "x", config)
     assert not (tmp_path / "x").exists()
+
+
+def test_passes_without_a_teacher_are_refused(labelled, tmp_path):
+    shards, cache = labelled
+    config = PretrainConfig(**SETTINGS | {"passes": ("matched",)})
+    with pytest.raises(InputError, match="expected passes with a cache or a teacher"):
+        pretrain(shards, labels_only(cache), tmp_path / "x", config)
 
 
 def test_two_images_a_sample_are_refused(save_teacher, tmp_path):

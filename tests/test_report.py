@@ -302,3 +302,40 @@ def test_judged_of_retrieval_has_no_confusion(shards, sparse, tmp_path):
     assert isinstance(found, Judged)
     assert found.confusions == {}
     assert found.report.metrics
+
+
+OWN = """
+from dde_cache.tasks import SingleLabel
+
+class Own(SingleLabel):
+    pass
+"""
+
+
+def test_a_task_of_ones_own_does_not_keep_the_others_from_being_scored(runs, shards, sparse, tmp_path, monkeypatch):
+    (tmp_path / "reported.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own, place = tmp_path / "run", shards[0].path.parent
+    train(shards, CachedTargets(sparse), own, TrainConfig(**QUICK, task="reported:Own"))
+    command = ["report", runs[0], own, "--shards", place, "--json", "--out", tmp_path / "page.html"]
+    unnamed = cli(*command)
+    assert unnamed.code == 0, unnamed.err
+    assert [name[:2] for name in json.loads(unnamed.out)["scores"]] == ["1:"]
+    assert "pass --task reported:Own to run that code" in (tmp_path / "page.html").read_text()
+    named = cli(*command, "--task", "reported:Own")
+    assert named.code == 0, named.err
+    assert [name[:2] for name in json.loads(named.out)["scores"]] == ["1:", "2:"]
+    wrong = cli(*command, "--task", "reported:Other")
+    assert wrong.code == 1
+    assert "(reported:Own), got 'reported:Other'" in wrong.message
+
+
+def test_labels_that_the_student_does_not_know_are_refused(runs, tmp_path):
+    """As by `eval`: they would count as if they had none."""
+    samples = make_samples(3)
+    texts = tuple(text.model_copy(update={"label": "purple"}) for text in samples[0].texts)
+    samples[0] = type(samples[0])(samples[0].key, samples[0].images, texts)
+    make_shards(tmp_path / "data", samples)
+    refused = cli("report", runs[0], "--shards", tmp_path / "data", "--out", tmp_path / "page.html")
+    assert refused.code == 1
+    assert "got 1 others: - 'purple'" in refused.message

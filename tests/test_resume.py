@@ -1,16 +1,18 @@
 """kill -9 at a random step: the resumed run's loss curve and weights are the uninterrupted run's, bit for bit."""
 
 import json
+import os
 import random
 import signal
 import time
 
 import pytest
 import torch
-from pipeline import Child, cli, make_cache, make_samples, make_shards, tree, wait_for
+from pipeline import Child, cli, killed_in, make_cache, make_samples, make_shards, tree, wait_for
 
 from dde_cache.errors import RunError
 from dde_cache.fit import Fit, seed_of
+from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import FitConfig, Metrics, with_steps
 from dde_cache.terms import Objective, Term
 
@@ -89,6 +91,53 @@ def test_killed_twice_in_micro_batches(shards, cache, tmp_path):
     run(*arguments(shards, cache, out, "--resume", accumulate=2))
     assert curve(out) == curve(whole)
     assert tree(out / "model") == tree(whole / "model")
+
+
+def test_killed_before_it_has_begun(shards, cache, whole, tmp_path):
+    """Between the two files that begin a run: there is nothing to go on with, and nothing in the way."""
+    out = tmp_path / "run"
+    child = Child(*arguments(shards, cache, out), folder=tmp_path, before=killed_in("replace", 1, "config.yaml"))
+    assert child.wait() == -signal.SIGKILL, child.printed
+    assert (out / "inputs.json").is_file()
+    none = cli(*arguments(shards, cache, out, "--resume"))
+    assert none.code == 1
+    assert "expected a run to resume, found none; start without --resume" in none.message
+    run(*arguments(shards, cache, out))
+    assert tree(out / "model") == tree(whole / "model")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+def killed_in_saving(monkeypatch):
+    """A hook for a child: it ends when the student's weights are written, and its processor is not."""
+
+    def install():
+        monkeypatch.setattr(Preprocessor, "save", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+    return install
+
+
+def test_killed_while_the_student_is_saved(shards, cache, whole, tmp_path, monkeypatch):
+    """A student appears whole or not at all."""
+    out = tmp_path / "run"
+    child = Child(*arguments(shards, cache, out), folder=tmp_path, before=killed_in_saving(monkeypatch))
+    assert child.wait() == -signal.SIGKILL, child.printed
+    assert not (out / "model").exists()
+    run(*arguments(shards, cache, out, "--resume"))
+    assert tree(out / "model") == tree(whole / "model")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_resumed_on_labels_with_another_like(shards, cache, save_teacher, teacher_folder, tmp_path):
+    """The shape of the towers is no matter of a damaged checkpoint."""
+    command = ["train", shards[0].path.parent, "--targets", "none", "--steps", 2, "--batch-size", 7, "--workers", 0]
+    out = ("--out", tmp_path / "run")
+    run(*command, *out, "--like", teacher_folder)
+    run(*command, *out, "--like", cache.folder, "--resume")
+    other = cli(*command, *out, "--like", save_teacher(hidden_size=12), "--resume")
+    assert other.code == 1
+    assert "like: begun with width 24, 3 blocks, 3 heads, 3 answers" in other.message
+    assert "now width 12, 3 blocks" in other.message
+    assert "damaged" not in other.message
 
 
 def test_a_scheduler_stops_a_run_and_its_workers(shards, cache, whole, tmp_path):

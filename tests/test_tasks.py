@@ -162,7 +162,9 @@ def test_vqa_report_by_type_of_answer(tmp_path):
     labels = ("red", "2")
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     task = load_task("vqa")
-    predictions = Predictions(logits, torch.tensor([1, 0, 0, -100]), torch.tensor([0.9, 0.6, 0.0, torch.nan]))
+    predictions = Predictions(
+        logits.argmax(-1), torch.tensor([1, 0, 0, -100]), 2, torch.tensor([0.9, 0.6, 0.0, torch.nan])
+    )
     taught = {("s0", 0): torch.tensor([1.0, 0.0]), ("s0", 1): torch.tensor([1.0, 0.0])}
     found = task.report(predictions, shards, labels, Baselines(answer="red", by_question={"how many": "3"}), taught)
     assert found.kinds["number"].accuracy == 1, "five of ten said 2 or two"
@@ -176,7 +178,7 @@ def test_vqa_report_by_type_of_answer(tmp_path):
     with pytest.raises(InputError, match="found none"):
         task.report(predictions, labelled(tmp_path / "bare", [Text(text="?")] * 4), labels)
     with pytest.raises(InputError, match="found none"):
-        task.score(Predictions(logits, torch.full((4,), -100), torch.full((4,), torch.nan)))
+        task.score(Predictions(logits.argmax(-1), torch.full((4,), -100), 2, torch.full((4,), torch.nan)))
 
 
 # --- nlvr2, entailment
@@ -194,11 +196,11 @@ def test_consistency_counts_sentences_all_of_whose_pairs_are_right(tmp_path):
     logits = torch.tensor([[0.0, 1.0] if good else [1.0, 0.0] for good in right])
     label = torch.tensor([1, 1, 1, 1, 1, -100])
     task = load_task("nlvr2")
-    found = task.report(Predictions(logits, label), labelled(tmp_path, texts), ("False", "True"))
+    found = task.report(Predictions(logits.argmax(-1), label, 2), labelled(tmp_path, texts), ("False", "True"))
     assert found.overall.accuracy == pytest.approx(4 / 5)
     assert found.metrics == {"consistency": pytest.approx(2 / 3)}
     plain = labelled(tmp_path / "plain", [Text(text="s", label="True")] * 6)
-    assert task.report(Predictions(logits, label), plain, ("False", "True")).metrics == {}
+    assert task.report(Predictions(logits.argmax(-1), label, 2), plain, ("False", "True")).metrics == {}
 
 
 def test_entailment_has_a_fixed_order_and_accuracy_of_each_class(tmp_path):
@@ -207,7 +209,7 @@ def test_entailment_has_a_fixed_order_and_accuracy_of_each_class(tmp_path):
     with pytest.raises(InputError, match="expected a teacher of the answers contradiction, entailment, neutral, in"):
         task.check_answers(("entailment", "neutral", "contradiction"))
     texts = [Text(text="s", label=name) for name in ("contradiction", "entailment", "entailment", "entailment")]
-    predictions = Predictions(torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 1, 1]))
+    predictions = Predictions(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 1, 1]), 3)
     found = task.report(predictions, labelled(tmp_path, texts), task.answers([]))
     assert found.metrics == {"accuracy_contradiction": 1.0, "accuracy_entailment": pytest.approx(2 / 3)}
 

@@ -32,19 +32,21 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertModel, ResNetConfig, ResNetModel, ViTModel
 
 from dde_cache.align import Axes
+from dde_cache.attention import densify
 from dde_cache.batches import PairDataset
 from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.errors import InputError, RunError, TeacherError
 from dde_cache.export import export
 from dde_cache.inference import Student
 from dde_cache.initial import load_student
-from dde_cache.prepare import plan_training, ready_student
+from dde_cache.prepare import plan_training
 from dde_cache.preprocess import Preprocessor
+from dde_cache.ready import ready_student
 from dde_cache.seen import Seer
 from dde_cache.sources import CachedTargets, OnlineTargets
 from dde_cache.stream import PairTable
 from dde_cache.student import Head, new_student
-from dde_cache.targets import CacheTargets
+from dde_cache.targets import CacheTargets, decoded
 from dde_cache.tasks import load_task
 from dde_cache.tokens import TokenAligner
 from dde_cache.towers.contract import PatchLayout
@@ -727,3 +729,74 @@ def test_minilm_before_training_says_what_it_always_said(shards, cache):
     student = Student(ready.student, ready.preprocessor)
     vectors = nn.functional.normalize(student.encode_texts(["a man eats food", "someone is eating", "the sky is blue"]))
     assert vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2] + 0.2
+
+
+# --- what the maps are
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_each_direction_trains_its_own_maps(shards, cache, folders, direction):
+    settings = {"directions": direction, "soft_weight": 0.0}
+    ready, plan, config = ready_with(shards, cache, folders["wide"], **settings)
+    losses = StudentLosses(config, CachedTargets(cache), False, ready.matched.axes)
+    losses(ready.student, batch_of(ready, plan, shards))["loss"].backward()
+    maps = ready.student.attention_maps[0]
+    reached = {name for name, one in maps.named_parameters() if one.grad is not None and one.grad.abs().max() > 1e-8}
+    asking, asked = ("text", "image") if direction == "t2i" else ("image", "text")
+    weights = {f"{asking}_query.weight", f"{asked}_key.weight"}
+    assert weights <= reached <= weights | {f"{asking}_query.bias", f"{asked}_key.bias"}
+
+
+@torch.inference_mode()
+def test_mapped_attention_is_that_of_the_mapped_vectors(shards, cache, folders):
+    """The text-to-image loss by hand: four maps, softmax over the student's own patches, areas, KL."""
+    settings = {"directions": "t2i", "soft_weight": 0.0}
+    ready, plan, config = ready_with(shards, cache, folders["wide"], folders["registers"], **settings)
+    batch = batch_of(ready, plan, shards, pairs=[0, 1])
+    student = ready.student.eval()
+    found = float(StudentLosses(config, CachedTargets(cache), False, ready.matched.axes)(student, batch)["t2i"])
+    output = student_output(student, batch)
+    maps = student.attention_maps[0]
+    query = maps.text_query(output.text.query_key.query.transpose(1, 2).flatten(2))
+    key = maps.image_key(output.image.query_key.key.transpose(1, 2).flatten(2))
+    total, rows = 0.0, 0
+    for pair in range(2):
+        tokens, (height, width) = int(batch["attention_mask"][pair].sum()), batch["grid0"][pair].tolist()
+        for head in range(3):
+            part = slice(8 * head, 8 * head + 8)
+            logits = query[pair, :tokens, part] @ key[pair, :, part].T / 8**0.5
+            kept = [0, *range(4, 4 + SIDE**2)]
+            own = logits[:, kept].softmax(-1).double().numpy()
+            # Cells of the teacher's grid and of the student's, on a raster that both divide.
+            cells = np.arange(SIDE**2).reshape(SIDE, SIDE).repeat(3, 0).repeat(3, 1).repeat(height, 0).repeat(width, 1)
+            mine = np.arange(height * width).reshape(height, width)
+            mine = mine.repeat(3 * SIDE, 0).repeat(3 * SIDE, 1)
+            mapped = np.zeros((tokens, 1 + height * width))
+            mapped[:, 0] = own[:, 0]
+            for cell, place in zip(cells.ravel(), mine.ravel(), strict=True):
+                mapped[:, 1 + place] += own[:, 1 + cell] / (cells == 0).sum()
+            teacher = decoded(batch, "t2i", None)
+            dense = densify(teacher, int(batch["grid0"].prod(-1).max()) + 1)[pair, head, :tokens].double().numpy()
+            dense = dense[:, : 1 + height * width]
+            total += (dense * (np.log(np.maximum(dense, 1e-30)) - np.log(mapped))).sum() / 3
+        rows += tokens
+    assert found == pytest.approx(total / rows, abs=2e-3)
+
+
+def test_several_teachers_with_heads_of_their_own(shards, cache, save_teacher, folders, tmp_path):
+    """Each has its own maps, or none where its heads fit."""
+    other = make_cache(shards, save_teacher(seed=3, hidden_size=32, num_attention_heads=4), tmp_path / "other")
+    names = tmp_path / "teachers.yaml"
+    names.write_text(f"teachers:\n  - cache: {cache.folder}\n    name: one\n  - cache: {other.folder}\n    name: two\n")
+    place = shards[0].path.parent
+    out = tmp_path / "run"
+    towers = ["--text-tower", folders["wide"], "--image-tower", folders["registers"]]
+    done = cli("train", place, "--targets", names, "--out", out, *towers, *OPTIONS)
+    assert done.code == 0, done.err
+    assert "teacher 3 x 8" in done.message
+    newest = max((out / "checkpoints").iterdir())
+    maps = [name for name in load_file(newest / "model.safetensors") if name.startswith("attention_maps")]
+    assert len(maps) == 8
+    assert {name.split(".")[1] for name in maps} == {"0"}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"one.t2i", "two.t2i"} <= lines[-1].keys()

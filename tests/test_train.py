@@ -275,9 +275,7 @@ def test_a_loss_of_weight_zero_reads_no_targets(shards, caches, tmp_path):
     assert not {"t2i", "i2t"} & steps_of(tmp_path / "soft")[0].keys()
     with mock.patch.object(CacheTargets, "targets", side_effect=AssertionError("targets were read")):
         run(shards, CachedTargets(caches()), tmp_path / "hard", attention_weight=0.0, soft_weight=0.0, hard_weight=1.0)
-    with pytest.raises(
-        ValueError, match="at least one of attention_weight, soft_weight, hard_weight and hidden_weight"
-    ):
+    with pytest.raises(ValueError, match="at least one of attention_weight, soft_weight, hard_weight, hidden_weight"):
         TrainConfig(attention_weight=0, soft_weight=0, hard_weight=0)
 
 

@@ -3,11 +3,13 @@
 import base64
 import json
 import re
+import shutil
 import zlib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from conftest import randomise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,13 +122,15 @@ def student_of(run):
     return DualEncoder.from_pretrained(run / "model").eval()
 
 
-def oracle(cache, shards, run, layer=LAYER):
+def oracle(cache, shards, run, layer=LAYER, block=None):
     """Teacher's rows, student's log-probabilities and KL of every pair, by direction, from one batch."""
     batch = whole_batch(shards, cache.preprocessor(), (), CacheTargets(cache, shards, layer))
-    output = student_output(student_of(run), batch)
+    student = student_of(run)
+    student.keep_blocks([] if block is None else [block])
+    output = student_output(student, batch)
     text, image, found = output.text, output.image, {}
     for name, query, key in (("t2i", text, image), ("i2t", image, text)):
-        log = log_attention(query.query_key.query, key.query_key.key, key.mask)
+        log = log_attention(query.block(block).query_key.query, key.block(block).query_key.key, key.mask)
         teacher = decoded(batch, name, cache.spec.steps)
         found[name] = teacher, log.exp().detach(), attention_kl(teacher, log, key.mask).detach(), query.mask
     return found
@@ -160,6 +164,25 @@ def test_the_worst_pairs_come_first(cache, shards, run, tmp_path):
     _, page = made(cache, shards, tmp_path, Choice(count=5), run=run)
     assert [(pair["key"], pair["slot"]) for pair in page.pairs] == [(pairs[n].key, pairs[n].text) for n in order[:5]]
     assert [pair["score"] for pair in page.pairs] == pytest.approx(expected[order[:5]].tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("asked", "layer", "block"), [(None, 1, 1), (2, 2, 0)])
+def test_of_a_layer_map_the_last_block_is_shown(sparse, shards, run, tmp_path, asked, layer, block):
+    """Or the one that learns from the layer that is asked for."""
+    mapped = tmp_path / "run"
+    shutil.copytree(run, mapped)
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"layer_map": "1:1,2:0"}
+    (mapped / "config.yaml").write_text(yaml.safe_dump(settings))
+    report, page = made(sparse, shards, tmp_path, Choice(count=1, layer=asked), run=mapped)
+    assert (report.layer, page.about["layer"]) == (layer, layer)
+    assert report.learnt == page.about["learnt"]
+    assert f"block {block} of the student" in report.learnt
+    assert ("the last of its layer map" in report.learnt) == (asked is None)
+    expected = 0
+    for _, _, kl, mask in oracle(sparse, shards, run, layer, block).values():
+        expected = expected + (kl.mean(1) * mask).sum(-1) / mask.sum(-1)
+    assert page.pairs[0]["score"] == pytest.approx(float(expected.max()), rel=1e-4)
+    assert made(sparse, shards, tmp_path, Choice(count=1), run=run)[0].learnt is None
 
 
 def test_the_lowest_kept_mass_comes_first_without_a_run(sparse, shards, tmp_path):

@@ -377,6 +377,7 @@
     byId("chosen").textContent = [
       about.run === null ? "" : `Student ${about.run}`,
       `layer ${about.layer}`,
+      about.learnt,
       about.view,
       `Shown: ${about.chosen}`,
     ].filter(Boolean).join(" · ");

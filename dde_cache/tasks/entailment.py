@@ -38,7 +38,7 @@ class Entailment(SingleLabel):
     ) -> EvaluationReport:
         """Accuracy by kind, and `accuracy_CLASS`: the share of a class's pairs that are right."""
         found = super().report(predictions, shards, labels, baselines, teacher_logits)
-        right = predictions.logits.argmax(-1) == predictions.label
+        right = predictions.answer == predictions.label
         known = predictions.label != NO_LABEL
         classes = {
             f"accuracy_{name}": float(right[known & (predictions.label == number)].float().mean())

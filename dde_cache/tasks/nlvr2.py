@@ -33,7 +33,7 @@ class Nlvr2(SingleLabel):
         left out.
         """
         found = super().report(predictions, shards, labels, baselines, teacher_logits)
-        right = (predictions.logits.argmax(-1) == predictions.label).tolist()
+        right = (predictions.answer == predictions.label).tolist()
         sentences: dict[str, bool] = {}
         for number, (_, _, text) in enumerate(texts_of(shards)):
             sentence = sentence_of(text.meta.get("identifier"))

@@ -170,7 +170,7 @@ class Vqa(Task):
         Raises:
             InputError: no question has an answer.
         """
-        chosen = [labels[number] for number in predictions.logits.argmax(-1).tolist()]
+        chosen = [labels[number] for number in predictions.answer.tolist()]
         rows: dict[str, list[dict[str, float]]] = {}
         for guess, (key, slot, text) in zip(chosen, texts_of(shards), strict=True):
             if not text.answers and text.label is None:

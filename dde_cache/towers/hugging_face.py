@@ -214,10 +214,11 @@ class _Wrapped(Tower):
         super().__init__(int(model.config.hidden_size), blocks[-1].heads, size, len(blocks))
         self.model = model
         self.pooling = pooling
+        self._blocks = blocks
 
     def run(self, mask: Bool[Tensor, "b n"], shown: int, **inputs: Any) -> TowerOutput:
         """Run the model; `shown` tokens of it are given."""
-        with listen(find_blocks(self.model), self.kept()) as blocks:
+        with listen(self._blocks, self.kept()) as blocks:
             output = self.model(**inputs)
         states = output.last_hidden_state
         if self.pooling == "pooler":

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from dde_cache.checkpoint import resolve
 from dde_cache.errors import TeacherError, bullet_list
-from dde_cache.teacher import resolve
 from dde_cache.towers.hugging_face import (
     ImageShape,
     Pooling,

@@ -1,0 +1,101 @@
+"""`dde-cache study`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dde_cache.cells import FAMILIES, chosen, ordered
+from dde_cache.claims import StudyReport, points
+from dde_cache.errors import InputError
+from dde_cache.study import CONFIG, Skipped, read_study, run_study
+from dde_cache.study_report import REPORT, TABLE, skipped_line, sum_up, write_plots
+from dde_cache.testbeds import TESTBEDS, study_config
+
+from .console import console, note, print_json, progress
+
+
+def study(
+    out: Path = typer.Option(..., help="Folder of the study; the same call goes on where it was stopped."),
+    testbed: str | None = typer.Option(None, help=f"{', '.join(TESTBEDS)}. Default: shapes."),
+    config: Path | None = typer.Option(None, help="YAML file of settings; a study's own study.yaml repeats it."),
+    set_: list[str] = typer.Option([], "--set", help="One setting as name=value, as train.steps=300."),
+    families: str | None = typer.Option(None, help=f"Cells, with commas: {','.join(FAMILIES)}. Default: all."),
+    seeds: int = typer.Option(5, min=1, help="Runs of each cell."),
+    budget: float | None = typer.Option(None, min=0, help="Minutes; what does not fit is skipped, and named."),
+    report_only: bool = typer.Option(False, "--report-only", help="Train nothing; sum up what is finished."),
+    json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Train students that differ in one thing, with several seeds, and say what that shows."""
+    cells = chosen(None if families is None else families.split(","))
+    runs = ordered(cells, seeds)
+    begun = (out / CONFIG).is_file()
+    given = (testbed, config) != (None, None) or set_
+    if report_only and given:
+        raise InputError("expected --report-only without settings: they are those of the study")
+    settings = read_study(out) if report_only or (begun and not given) else study_config(config, set_, testbed)
+    skipped: tuple[Skipped, ...] = ()
+    if not report_only:
+        with progress() as bar:
+            whole = bar.add_task("study", total=len(runs))
+
+            def stage(name: str, total: int) -> Callable[[int], None]:
+                bar.update(whole, completed=sum((out / "results" / f"{run.name}.json").is_file() for run in runs))
+                task = bar.add_task(name, total=total or None)
+
+                def done(steps: int) -> None:
+                    bar.update(task, completed=steps, visible=steps != total)
+
+                return done
+
+            skipped = run_study(out, settings, runs, stage, budget=budget)
+    report = sum_up(out, settings, cells, runs, skipped)
+    try:
+        plots = write_plots(out, report)
+    except InputError as error:
+        plots = ()
+        note(f"no plots: {error}")
+    if json:
+        print_json(report)
+        return
+    _show(report)
+    note(f"in {out}: {', '.join([TABLE, REPORT, *plots])}")
+
+
+def _show(report: StudyReport) -> None:
+    groups = list(report.teacher_groups)
+    table = Table(
+        title=f"{report.testbed}: {report.questions:,} questions about {report.pictures:,} pictures",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("cell", no_wrap=True)
+    for name in ("n", "accuracy", *groups, "bytes", "difference, 95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    apart = [_share(report.teacher_groups[name]) for name in groups]
+    table.add_row("teacher", "", _share(report.teacher) + " " * 5, *apart, "", "")
+    for row in report.rows:
+        deviation = " " * 5 if row.deviation is None else f"±{_share(row.deviation)}"
+        table.add_row(
+            row.cell,
+            str(row.seeds),
+            _share(row.accuracy) + deviation,
+            *(_share(row.groups[name]) for name in groups),
+            "" if row.bytes_a_pair is None else f"{row.bytes_a_pair:,.0f}",
+            "" if row.difference is None else points(row.difference),
+        )
+    console.print(table)
+    for claim in report.claims:
+        colour = {"established": "green", "refuted": "red"}.get(claim.verdict, "yellow")
+        console.print(f"[{colour}]{claim.verdict}[/]: {claim.claim}: {claim.because}", highlight=False)
+    if report.proves_nothing:
+        console.print("[yellow]this set proves nothing:[/] a plain dual encoder is as good as the teacher")
+    if report.skipped:
+        console.print(skipped_line(report), highlight=False, markup=False)
+
+
+def _share(value: float) -> str:
+    """Three digits behind the point, and none before it but a one."""
+    return f"{value:.3f}".removeprefix("0")

@@ -1,0 +1,236 @@
+"""What a study shows: a row for each cell, and a verdict on each claim, from the answers that were kept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from dde_cache.cells import DEFAULT, FAMILIES, LOSSLESS, TOP_8, Cell
+from dde_cache.equivalence import Difference, Requirements, Verdict, paired_difference
+from dde_cache.outcomes import Outcomes
+from dde_cache.spec import Model
+
+ClaimVerdict = Literal["established", "refuted", "not enough data"]
+
+KEPT_SHARE = 0.99
+"""Of the teacher's accuracy, which the distilled student keeps."""
+
+
+class StudyRow(Model):
+    """One cell over its seeds; `groups` and `kinds` are mean accuracies; `difference` is to the cell `base`."""
+
+    cell: str
+    family: str
+    seeds: int
+    accuracy: float
+    deviation: float | None
+    groups: dict[str, float]
+    kinds: dict[str, float]
+    bytes_a_pair: float | None
+    base: str
+    difference: Difference | None
+    verdict: Verdict | None
+
+
+class Claim(Model):
+    """A claim with its verdict, and the numbers that it rests on in words."""
+
+    claim: str
+    verdict: ClaimVerdict
+    because: str
+
+
+class SkippedRun(Model):
+    """A run that was not made."""
+
+    cell: str
+    seed: int
+    why: str
+
+
+class StudyReport(Model):
+    """What `dde-cache study` prints with `--json`, and keeps as `report.json`."""
+
+    testbed: str
+    questions: int
+    pictures: int
+    needs: Requirements
+    teacher: float
+    teacher_groups: dict[str, float]
+    rows: tuple[StudyRow, ...]
+    claims: tuple[Claim, ...]
+    proves_nothing: bool | None
+    skipped: tuple[SkippedRun, ...] = ()
+
+
+class _Comparison:
+    """Differences between cells over the seeds that both have."""
+
+    def __init__(self, outcomes: Outcomes, needs: Requirements) -> None:
+        self._correct, self._teacher = outcomes.correct, outcomes.teacher
+        self._picture, self.needs = outcomes.questions.picture, needs
+
+    def between(self, cell: str, base: str) -> Difference | None:
+        """Accuracy of a cell minus that of another; None without a seed that both have."""
+        mine, other = self._correct.get(cell, {}), self._correct.get(base, {})
+        seeds = sorted(mine.keys() & other.keys())
+        if not seeds:
+            return None
+        return paired_difference([_minus(mine[seed], other[seed]) for seed in seeds], self._picture)
+
+    def teacher(self, cell: str, share: float = 1.0) -> Difference | None:
+        """Accuracy of a cell minus a share of the teacher's."""
+        mine = self._correct.get(cell, {})
+        if not mine:
+            return None
+        return paired_difference([_minus(mine[seed], self._teacher, share) for seed in sorted(mine)], self._picture)
+
+
+def _minus(one: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"], share: float = 1.0) -> np.ndarray:
+    return one.astype(float) - share * other.astype(float)
+
+
+def study_report(
+    testbed: str,
+    cells: Sequence[Cell],
+    outcomes: Outcomes,
+    needs: Requirements,
+    groups: Mapping[str, Sequence[str]],
+    skipped: Sequence[SkippedRun] = (),
+) -> StudyReport:
+    """Sum up what is finished.
+
+    Args:
+        testbed: its name.
+        cells: in the order of the table; those without a run are left out.
+        outcomes: what is finished.
+        needs: what a verdict needs.
+        groups: kinds of questions by the name under which they are shown.
+        skipped: runs that were not made.
+    """
+    compare = _Comparison(outcomes, needs)
+    kind = outcomes.questions.kind
+    shown = {name: np.isin(kind, kinds) for name, kinds in groups.items() if np.isin(kind, kinds).any()}
+    plain = compare.teacher("labels alone")
+    return StudyReport(
+        testbed=testbed,
+        questions=len(outcomes.teacher),
+        pictures=len(np.unique(outcomes.questions.picture)),
+        needs=needs,
+        teacher=float(outcomes.teacher.mean()),
+        teacher_groups={name: float(outcomes.teacher[rows].mean()) for name, rows in shown.items()},
+        rows=tuple(_row(cell, outcomes, compare, shown) for cell in cells if outcomes.results.get(cell.name)),
+        claims=(*_directions(compare), _cached(compare), _top_8(compare), _kept(compare)),
+        proves_nothing=plain.equal_low > -needs.margin if plain is not None and plain.enough(needs) else None,
+        skipped=tuple(skipped),
+    )
+
+
+def _row(
+    cell: Cell, outcomes: Outcomes, compare: _Comparison, groups: Mapping[str, Bool[np.ndarray, " n"]]
+) -> StudyRow:
+    results, correct = outcomes.results[cell.name].values(), list(outcomes.correct[cell.name].values())
+    accuracy = np.array([answers.mean() for answers in correct])
+    difference = compare.between(cell.name, cell.base) if cell.base != cell.name else None
+    kept = [one.bytes_a_pair for one in results if one.bytes_a_pair is not None]
+    kinds = np.unique(outcomes.questions.kind)
+    return StudyRow(
+        cell=cell.name,
+        family=cell.family,
+        seeds=len(accuracy),
+        accuracy=float(accuracy.mean()),
+        deviation=float(accuracy.std(ddof=1)) if len(accuracy) > 1 else None,
+        groups={name: float(np.mean([answers[rows].mean() for answers in correct])) for name, rows in groups.items()},
+        kinds={
+            str(kind): float(np.mean([answers[outcomes.questions.kind == kind].mean() for answers in correct]))
+            for kind in kinds
+        },
+        bytes_a_pair=float(np.mean(kept)) if kept and len(kept) == len(results) else None,
+        base=cell.base,
+        difference=difference,
+        verdict=None if difference is None else difference.verdict(compare.needs),
+    )
+
+
+def points(difference: Difference, *, equal: bool = False) -> str:
+    """A difference in points of a hundred, with its interval of 95 %, or with `equal` of 90 %."""
+    low, high = (difference.equal_low, difference.equal_high) if equal else (difference.low, difference.high)
+    return f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _enough(difference: Difference | None, needs: Requirements) -> bool:
+    return difference is not None and difference.enough(needs)
+
+
+def _short_of(differences: Sequence[Difference | None], needs: Requirements) -> str:
+    """Which requirement is not met, in words; empty where all are."""
+    found = [one for one in differences if one is not None]
+    if len(found) < len(differences) or any(one.seeds < needs.seeds for one in found):
+        had = min((one.seeds for one in found), default=0) if len(found) == len(differences) else 0
+        return f"; {had} of {needs.seeds} seeds"
+    if any(one.questions < needs.questions for one in found):
+        return f"; {found[0].questions:,} of {needs.questions:,} questions"
+    return ""
+
+
+def _better(compare: _Comparison, base: str) -> Claim:
+    """Both directions beat another cell; refuted where they surely gain less than the margin."""
+    claim, needs = f"both directions beat {base}", compare.needs
+    difference = compare.between(DEFAULT, base)
+    if difference is None:
+        return Claim(claim=claim, verdict="not enough data", because=f"no seed of both{_short_of([None], needs)}")
+    verdict: ClaimVerdict = "not enough data"
+    if _enough(difference, needs):
+        verdict = (
+            "established" if difference.low > 0
+            else "refuted" if difference.equal_high < needs.margin else verdict
+        )  # fmt: skip
+    return Claim(claim=claim, verdict=verdict, because=points(difference) + _short_of([difference], needs))
+
+
+def _directions(compare: _Comparison) -> tuple[Claim, ...]:
+    return tuple(_better(compare, base) for base in ("t2i alone", "i2t alone", "soft labels", "labels alone"))
+
+
+def _same(compare: _Comparison, claim: str, cell: str, base: str) -> Claim:
+    """Two cells are equal; refuted where they surely differ by more than the margin."""
+    needs, difference = compare.needs, compare.between(cell, base)
+    if difference is None:
+        return Claim(claim=claim, verdict="not enough data", because=f"no seed of both{_short_of([None], needs)}")
+    verdict: ClaimVerdict = "not enough data"
+    if _enough(difference, needs):
+        apart = difference.low > needs.margin or difference.high < -needs.margin
+        verdict = "established" if difference.verdict(needs) == "equal" else "refuted" if apart else "not enough data"
+    numbers = f"{points(difference, equal=True)} at 90 %, margin {100 * needs.margin:g}"
+    return Claim(claim=claim, verdict=verdict, because=numbers + _short_of([difference], needs))
+
+
+def _cached(compare: _Comparison) -> Claim:
+    return _same(compare, "cached equals online", DEFAULT, "online teacher")
+
+
+def _top_8(compare: _Comparison) -> Claim:
+    return _same(compare, "top-8 equals dense", TOP_8, LOSSLESS)
+
+
+def _kept(compare: _Comparison) -> Claim:
+    """The distilled student keeps a share of the teacher's accuracy, and the one without a teacher does not."""
+    claim, needs = f"distilled keeps {KEPT_SHARE:.0%} of the teacher, undistilled does not", compare.needs
+    found = [compare.teacher(name, KEPT_SHARE) for name in (DEFAULT, "labels alone")]
+    with_teacher, without = found
+    if with_teacher is None or without is None:
+        return Claim(claim=claim, verdict="not enough data", because=f"no runs of both{_short_of(found, needs)}")
+    verdict: ClaimVerdict = "not enough data"
+    if _enough(with_teacher, needs) and _enough(without, needs):
+        if with_teacher.low > 0 and without.high < 0:
+            verdict = "established"
+        elif with_teacher.high < 0 or without.low > 0:
+            verdict = "refuted"
+    because = f"distilled {points(with_teacher)} from {KEPT_SHARE:.0%} of it, undistilled {points(without)}"
+    return Claim(claim=claim, verdict=verdict, because=because + _short_of(found, needs))
+
+
+def family_of(row: StudyRow) -> str:
+    """What a row's family asks, in words."""
+    return FAMILIES[row.family]

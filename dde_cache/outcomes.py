@@ -1,0 +1,174 @@
+"""What is kept of each run of a study: its figures, and which of the test questions it answered right.
+
+STUDY/study.yaml              settings, which cannot change any more
+STUDY/results/questions.npz   `picture` and `kind` of each test question
+STUDY/results/teacher.npz     `correct`: one bit a question
+STUDY/results/CELL.SEED.npz   the same of a student; written before
+STUDY/results/CELL.SEED.json  its figures: a run with this file is finished
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+from pydantic import Field, ValidationError
+
+from dde_cache.errors import RunError
+from dde_cache.files import partial_path
+from dde_cache.spec import Model
+
+RESULTS = "results"
+QUESTIONS = "questions"
+TEACHER_ANSWERS = "teacher"
+
+
+class StudyResult(Model):
+    """One finished run: a cell with one seed."""
+
+    cell: str
+    seed: int
+    accuracy: float
+    kinds: dict[str, float] = Field(description="accuracy by kind of question")
+    bytes_a_pair: float | None = Field(description="of the cache whose records it read; null: none")
+    fingerprint: str | None = Field(description="of that cache")
+    seconds: float = Field(description="of training steps")
+    wall_seconds: float = Field(description="of everything: reading, training, testing")
+    threads: int
+    version: str
+    settings: dict[str, Any] = Field(description="of its training, in full")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The test questions in order: the number of the picture of each, and its kind."""
+
+    picture: Int[np.ndarray, " n"]
+    kind: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Everything that is finished: the questions, the teacher's answers, and runs by cell and seed."""
+
+    questions: Questions
+    teacher: Bool[np.ndarray, " n"]
+    results: Mapping[str, Mapping[int, StudyResult]] = field(default_factory=dict)
+    correct: Mapping[str, Mapping[int, Bool[np.ndarray, " n"]]] = field(default_factory=dict)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_questions(folder: Path, questions: Questions) -> None:
+    """Keep the test questions of a study in `folder`."""
+    _write_arrays(folder / RESULTS / f"{QUESTIONS}.npz", picture=questions.picture, kind=questions.kind)
+
+
+def write_correct(folder: Path, name: str, correct: Bool[np.ndarray, " n"]) -> None:
+    """Keep which questions were answered right."""
+    _write_arrays(folder / RESULTS / f"{name}.npz", correct=np.packbits(correct), count=np.array(len(correct)))
+
+
+def write_result(folder: Path, name: str, result: StudyResult) -> None:
+    """Say that a run is finished, after its answers were kept."""
+    write_bytes(folder / RESULTS / f"{name}.json", (result.model_dump_json(indent=1) + "\n").encode())
+
+
+def finished(folder: Path, name: str) -> bool:
+    """Whether a run is finished."""
+    return (folder / RESULTS / f"{name}.json").is_file()
+
+
+def has_answers(folder: Path, name: str) -> bool:
+    """Whether answers of this name are kept."""
+    return (folder / RESULTS / f"{name}.npz").is_file()
+
+
+def read_result(folder: Path, name: str) -> StudyResult:
+    """The figures of a finished run.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    path = folder / RESULTS / f"{name}.json"
+    try:
+        return StudyResult.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_outcomes(folder: Path, names: Sequence[str]) -> Outcomes:
+    """What is finished of some runs.
+
+    Args:
+        folder: of the study.
+        names: of the runs; those without a result are left out.
+
+    Raises:
+        RunError: the questions or the teacher's answers are missing, or a file cannot be read.
+    """
+    asked = _read_arrays(folder, QUESTIONS, ("picture", "kind"))
+    questions = Questions(asked["picture"], asked["kind"])
+    teacher = _read_correct(folder, TEACHER_ANSWERS, len(questions.picture))
+    results: dict[str, dict[int, StudyResult]] = {}
+    correct: dict[str, dict[int, np.ndarray]] = {}
+    for name in names:
+        if finished(folder, name):
+            result = read_result(folder, name)
+            results.setdefault(result.cell, {})[result.seed] = result
+            answers = _read_correct(folder, name, len(questions.picture))
+            correct.setdefault(result.cell, {})[result.seed] = answers
+    return Outcomes(questions, teacher, results, correct)
+
+
+def _read_correct(folder: Path, name: str, questions: int) -> Bool[np.ndarray, " n"]:
+    arrays = _read_arrays(folder, name, ("correct", "count"))
+    path = folder / RESULTS / f"{name}.npz"
+    if arrays["count"] != questions or arrays["correct"].size != -(-questions // 8):
+        raise RunError(f"{path}: expected answers to {questions:,} questions, got {arrays['count']:,}")
+    return np.unpackbits(arrays["correct"], count=questions).astype(bool)
+
+
+def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, stream.getvalue())
+
+
+def _read_arrays(folder: Path, name: str, fields: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays without Python objects: NumPy refuses those unless it is asked not to."""
+    path = folder / RESULTS / f"{name}.npz"
+    try:
+        with np.load(path) as found:
+            return {field: found[field] for field in fields}
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing; run `dde-cache study` without --report-only first") from error
+    except (OSError, ValueError, KeyError, EOFError, json.JSONDecodeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return RunError(f"{path}: expected what a study keeps of a run, but it cannot be read: {first}; delete it, and its "
+                    "neighbour of the same name, and run the study again")  # fmt: skip

@@ -1,0 +1,135 @@
+"""A study's table as Markdown, and its files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dde_cache.cells import CELLS, DEFAULT, FAMILIES, Cell, Run
+from dde_cache.claims import SkippedRun, StudyReport, StudyRow, points, study_report
+from dde_cache.figures import Point, scatter_svg
+from dde_cache.outcomes import read_outcomes, write_bytes
+from dde_cache.study import Skipped
+from dde_cache.testbeds import GROUPS, StudyConfig
+
+REPORT, TABLE = "report.json", "report.md"
+
+
+def sum_up(
+    out: Path, config: StudyConfig, cells: Sequence[Cell], runs: Sequence[Run], skipped: Sequence[Skipped] = ()
+) -> StudyReport:
+    """Read what is finished in a study's folder, and write `report.json` and `report.md` beside it.
+
+    Raises:
+        RunError: nothing was tested yet, or a file cannot be read.
+    """
+    outcomes = read_outcomes(out, [run.name for run in runs])
+    left = [SkippedRun(cell=one.run.cell.name, seed=one.run.seed, why=one.why) for one in skipped]
+    report = study_report(config.testbed, cells, outcomes, config.needs, GROUPS.get(config.testbed, {}), left)
+    write_bytes(out / REPORT, (report.model_dump_json(indent=1) + "\n").encode())
+    write_bytes(out / TABLE, ("\n".join(markdown(report)) + "\n").encode())
+    return report
+
+
+def markdown(report: StudyReport) -> list[str]:
+    """The lines of a study's table, its claims, and what was skipped."""
+    groups = list(report.teacher_groups)
+    lines = [
+        f"{report.questions:,} test questions about {report.pictures:,} pictures. Differences in points, paired by "
+        "seed, with the interval of 95 % (bootstrap over seeds and pictures).",
+        "",
+        f"| cell | seeds | accuracy | {''.join(f'{name} | ' for name in groups)}bytes a pair | difference | to | |",
+        "|---" * (7 + len(groups)) + "|",
+        f"| teacher | | {report.teacher:.3f} | "
+        + "".join(f"{value:.3f} | " for value in report.teacher_groups.values())
+        + "| | | |",
+    ]
+    for family in FAMILIES:
+        lines += [_line(row) for row in report.rows if row.family == family]
+    if report.proves_nothing:
+        lines += ["", "**This set proves nothing**: a plain dual encoder is as good as the teacher on it."]
+    lines += ["", "| claim | verdict | numbers |", "|---|---|---|"]
+    lines += [f"| {one.claim} | **{one.verdict}** | {one.because} |" for one in report.claims]
+    if report.skipped:
+        lines += ["", skipped_line(report)]
+    return lines
+
+
+def _line(row: StudyRow) -> str:
+    spread = "" if row.deviation is None else f" ± {row.deviation:.3f}"
+    groups = "".join(f"{value:.3f} | " for value in row.groups.values())
+    size = "" if row.bytes_a_pair is None else f"{row.bytes_a_pair:,.0f}"
+    change, base, verdict = "", "", ""
+    if row.difference is not None:
+        change, base, verdict = points(row.difference), row.base, str(row.verdict)
+    return f"| {row.cell} | {row.seeds} | {row.accuracy:.3f}{spread} | {groups}{size} | {change} | {base} | {verdict} |"
+
+
+PLOTS = {"accuracy-bytes.svg": "keys", "accuracy-labels.svg": "labels"}
+"""Files of plots, by the family that they show."""
+
+
+def write_plots(out: Path, report: StudyReport) -> tuple[str, ...]:
+    """Draw accuracy against bytes a pair, and against the share of pictures with labels, where there are such cells.
+
+    Returns:
+        the names of the files.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    written = []
+    for name, family in PLOTS.items():
+        points = _bytes_points(report) if family == "keys" else _label_points(report)
+        if len(points) > 1:
+            across = "bytes a pair" if family == "keys" else "pictures with labels, %"
+            title = f"{report.testbed}, teacher {report.teacher:.3f}"
+            write_bytes(out / name, scatter_svg(points, title, across, "accuracy"))
+            written.append(name)
+    return tuple(written)
+
+
+def _bytes_points(report: StudyReport) -> list[Point]:
+    rows = [row for row in report.rows if (row.family == "keys" or row.cell == DEFAULT) and row.bytes_a_pair]
+    names = {DEFAULT: "sqrt8"}
+    return [
+        Point(names.get(row.cell, row.cell), _series(row), row.bytes_a_pair or 0.0, row.accuracy, row.deviation)
+        for row in rows
+    ]
+
+
+def _series(row: StudyRow) -> str:
+    if row.cell == DEFAULT:
+        return "every key, one byte (default)"
+    if row.cell.startswith("mass"):
+        return "keys by mass"
+    if "tail" in row.cell:
+        return "top-4, other tails"
+    return "strongest keys" if row.cell.startswith("top") else "every key, other codes"
+
+
+def _label_points(report: StudyReport) -> list[Point]:
+    shares = {cell.name: 100 * (cell.labelled or 1.0) for cell in CELLS if cell.family == "labels"}
+    shares["labels alone"] = 100.0
+    return (
+        [
+            Point(
+                "",
+                "labels + cache of all" if "cache" in row.cell else "labels alone",
+                shares[row.cell],
+                row.accuracy,
+                row.deviation,
+            )
+            for row in report.rows
+            if row.cell in shares
+        ]
+        if any(row.family == "labels" for row in report.rows)
+        else []
+    )
+
+
+def skipped_line(report: StudyReport) -> str:
+    """What was not made, in one sentence."""
+    cells: dict[str, list[str]] = {}
+    for one in report.skipped:
+        cells.setdefault(f"{one.cell} ({one.why})", []).append(str(one.seed))
+    listed = "; ".join(f"{cell}: seed{'s'[: len(seeds) > 1]} {', '.join(seeds)}" for cell, seeds in cells.items())
+    return f"Skipped {len(report.skipped)} runs: {listed}."
