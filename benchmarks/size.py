@@ -3,8 +3,8 @@
 Measured: every file of units of a cache (maps, logits, keys, hashes, metadata) over the bytes of both maps, every head
 that is stored and the valid tokens alone, in float16 without compression: what a dense cache needs at least.
 
-With `--cache` a cache of your own; without it, caches of the sample teacher on generated pictures: by default, and for
-for several k.
+With `--cache` a cache of your own; without it, caches of the sample teacher on generated pictures: by default, for
+several k, and with hidden and pooled states in both codecs.
 
 Limit: at 1, nothing is saved. Ten image tokens (3 x 3 patches and CLS) leave little to drop; a row of ViLT-B/32 has
 145 (see reading.py).
@@ -20,21 +20,24 @@ from common import TINY, arguments, print_machine, print_ratio, save_teacher
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.importers.shapes import shapes
 from dde_cache.samples import open_shards
+from dde_cache.spec import StateCodec
 from dde_cache.store import Cache
 from dde_cache.summary import summarise
 from dde_cache.teacher import SAMPLE_TEACHER, resolve
 from dde_cache.write_shards import write_shards
 
 KEPT: tuple[int | None, ...] = (2, 4, 8, None)
+CODECS: tuple[StateCodec, ...] = ("float16", "int8")
 
 
 def show(folder: Path) -> None:
     """Print the ratio of one cache."""
     found = summarise(Cache(folder))
     spec = found.spec
+    beside = "".join(f", {one.group} states {one.codec}" for one in spec.states)
     kept = ", ".join(f"{direction} {mass.mean:.3f}" for direction, mass in found.kept_mass.items()) or "all"
     print_ratio(
-        f"cache bytes / dense float16, {spec.kept}, {spec.weights}",
+        f"cache bytes / dense float16, {spec.kept}, {spec.weights}{beside}",
         [found.bytes_a_pair],
         [found.dense_bytes_a_pair],
         limit=f"1: dense float16, {found.dense_bytes_a_pair:,.0f} bytes a pair of {found.text_tokens[0]} to "
@@ -60,13 +63,16 @@ def main() -> None:
             teacher = str(folder / "teacher")
             save_teacher(folder / "teacher", TINY)
             print("  the sample teacher is not there; a random one stands in for it")
-        count = 500 if full else 4
+        count, kept = (500, KEPT) if full else (4, (4,))
         write_shards(
             shapes("test", count), folder / "shards", source="shapes", split="test", shard_size=1000, arguments={}
         )
         shards = open_shards(folder / "shards")
-        for config in (ExtractConfig(), *(ExtractConfig(k=k) for k in (KEPT if full else (4,)))):
-            out = folder / f"cache-{config.weights}-{config.k}"
+        states = [
+            ExtractConfig(targets=("cross", kind), states=codec) for kind in ("hidden", "pooled") for codec in CODECS
+        ]
+        for number, config in enumerate((ExtractConfig(), *(ExtractConfig(k=k) for k in kept), *states)):
+            out = folder / f"cache-{number}"
             extract(shards, teacher, out, config)
             show(out)
     print_machine()

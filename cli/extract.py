@@ -45,8 +45,9 @@ def extract(
     sqrt_steps: int | None = typer.Option(None, help=f"sqrt8: levels of a weight's square root. Default {STEPS}."),
     targets: str | None = typer.Option(
         None,
-        help="cross (attention over the other modality), and perhaps whole and hidden, with commas. Default cross.",
+        help="cross (attention over the other modality), perhaps whole, hidden, pooled, with commas. Default cross.",
     ),
+    states: str | None = typer.Option(None, help="Codec of hidden and pooled states: float16 (default) or int8."),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas. Default: the last."),
     predictions: bool | None = typer.Option(
         None, "--predictions/--no-predictions", help="Keep the teacher's logits, where it has a head. Default: keep."
@@ -92,6 +93,7 @@ def extract(
         k=_kept(k) if mass is None else max_k or MAX_K,
         mass=mass,
         targets=None if targets is None else tuple(targets.split(",")),
+        states=states,
         layers=layer_numbers(layers),
         weights=weights,
         steps=sqrt_steps,

@@ -78,7 +78,9 @@ def _identity_table(summary: CacheSummary, cache: str) -> Table:
 
 def _further(spec: TargetSpec) -> str:
     found = ["rows over the whole sequence"] if spec.has_whole else []
-    found += [] if spec.hidden_width is None else [f"hidden states of width {spec.hidden_width}"]
+    found += [
+        f"{one.group} states of width {one.width}" + (", int8" if one.codec == "int8" else "") for one in spec.states
+    ]
     return ", ".join(found) or "none"
 
 

@@ -18,7 +18,7 @@ def mine(
     out: Path = typer.Option(..., help="File of candidates; a new one for each round."),
     top: int = typer.Option(8, min=1, max=MAX_TOP, help="Candidates of each text and each picture."),
     batch_size: int = typer.Option(32, min=1, help="Pictures or texts a forward pass."),
-    device: str = typer.Option("cpu"),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """List for each text the pictures, and for each picture the texts, that the student takes for right and are not."""

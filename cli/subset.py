@@ -23,7 +23,9 @@ def subset(
     units: list[str] = typer.Option([], help="Unit or shard name, with * and ?; may be given again."),
     keys: list[Path] = typer.Option([], help="Text file of sample keys, one a line; may be given again."),
     layers: str | None = typer.Option(None, help="Blocks, 0-based, with commas."),
-    fields: str | None = typer.Option(None, help="Of maps, predictions, whole, hidden: what to keep, with commas."),
+    fields: str | None = typer.Option(
+        None, help="Of maps, predictions, whole, hidden, pooled: what to keep, with commas."
+    ),
     link: bool = typer.Option(False, "--link", help="Hard-link units that are kept whole."),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:

@@ -105,6 +105,7 @@ def train(
     ),
     temperature: float | None = typer.Option(None, help="Of the soft labels. Default 1."),
     hidden_weight: float | None = typer.Option(None, help="Of the hidden states' squared error. Default 0."),
+    pooled_weight: float | None = typer.Option(None, help="Of the pooled states' squared error. Default 0."),
     tail: str | None = typer.Option(
         None, help="bucket, uniform or renormalise: what the tail mass is taken for. Default bucket."
     ),

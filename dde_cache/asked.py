@@ -54,6 +54,7 @@ class Part:
             self.layers,
             rows=config.rows,
             hidden=config.hidden_weight > 0,
+            pooled=config.pooled_weight > 0,
             padded_queries=config.queries == "all",
             allow_drift=self.targets.allow_pixel_drift,
             passes=passes,
@@ -139,6 +140,7 @@ def _lacking_records(spec: TargetSpec, config: TrainConfig, layers: Sequence[int
     whole = spec.steps is not None or (spec.k, spec.mass) == (None, None)
     if config.attention_weight and config.heads == "mean" and spec.heads == "all" and not whole:
         lacking.append("whole rows to average over the heads: it keeps " + spec.kept + "; extract with --heads mean")
-    if config.hidden_weight and spec.hidden_width is None:
-        lacking.append("hidden states: extract with --targets cross,hidden")
+    for kind, width in (("hidden", spec.hidden_width), ("pooled", spec.pooled_width)):
+        if getattr(config, f"{kind}_weight") and width is None:
+            lacking.append(f"{kind} states: extract with --targets cross,{kind}")
     return lacking

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from dde_cache.bounds import inconsistent, not_finite, unsafe
+from dde_cache.bounds import inconsistent, inconsistent_states, unsafe, unsafe_states
 from dde_cache.errors import CacheError
 from dde_cache.layout import GROUP_OF_ROWS, HIDDEN_ARRAYS, PARTNER_COLUMNS, VIEW_COLUMNS, array_names, known_groups
 from dde_cache.partners import read_partners
 from dde_cache.passes import NEGATIVE
-from dde_cache.spec import HIDDEN, Rows, hash_keys
+from dde_cache.spec import Rows, States, hash_keys
 from dde_cache.stream import CHUNK_PAIRS
 from dde_cache.unit import MapColumns, Unit
 
@@ -159,9 +159,9 @@ def _maps(unit: Unit) -> Iterator[Problem]:
         yield Problem("tokens", "token ids behind the valid tokens", behind)
     for name in unit.attributes.spec.rows:
         yield from _attention(unit, maps, name)
-    if unit.attributes.spec.hidden_width is not None:
-        for array, tokens in zip(HIDDEN_ARRAYS, (maps.text_tokens, maps.image_tokens), strict=True):
-            yield from _hidden(unit, array, tokens)
+    for kind in unit.attributes.spec.states:
+        for side, tokens in zip(HIDDEN_ARRAYS, (maps.text_tokens, maps.image_tokens), strict=True):
+            yield from _states(unit, kind, side, tokens)
 
 
 def _order(unit: Unit, columns: list[np.ndarray], table: str) -> Iterator[Problem]:
@@ -205,23 +205,28 @@ def _pairs(sample: np.ndarray, text: np.ndarray) -> int:
     return len(np.unique(sample.astype(np.int64) << 16 | text.astype(np.int64)))
 
 
-def _hidden(unit: Unit, array: str, tokens: np.ndarray) -> Iterator[Problem]:
-    """Hidden states are finite, and 0 behind the valid tokens; a chunk at a time."""
-    infinite = behind = 0
+def _states(unit: Unit, kind: States, side: str, tokens: np.ndarray) -> Iterator[Problem]:
+    """Hidden and pooled states are safe numbers, 0 behind the valid tokens, and agree with their scales; by chunks."""
+    name, bad, behind, odd = f"{kind.group}/{side}", 0, 0, 0
     for start in range(0, len(tokens), CHUNK_PAIRS):
         rows = slice(start, start + CHUNK_PAIRS)
         try:
-            states = unit.array(f"{HIDDEN}/{array}", rows)
+            parts = [unit.array(part, rows) for part in kind.arrays if part.removesuffix("_scale") == name]
         except CacheError as error:
             yield Problem("checksum", _short(error, unit))
             continue
-        infinite += int(not_finite(states).any((1, 2)).sum())
-        padding = np.arange(states.shape[1])[None] >= tokens[rows][:, None]
-        behind += int((states.view(np.uint16).any(-1) & padding).any(-1).sum())
-    if infinite:
-        yield Problem("rows", f"{HIDDEN}/{array}: not finite", infinite)
-    if behind:
-        yield Problem("rows", f"{HIDDEN}/{array}: states behind the valid tokens", behind)
+        unsafe_rows = [unsafe_states(part).reshape(len(part), -1).any(-1) for part in parts]
+        bad += int(np.any(unsafe_rows, axis=0).sum())
+        if kind.per_token:
+            padding = np.arange(parts[0].shape[1])[None] >= tokens[rows][:, None]
+            behind += int((parts[0].view(f"u{parts[0].itemsize}").any(-1) & padding).any(-1).sum())
+        if kind.codec == "int8":
+            odd += int(inconsistent_states(*parts).reshape(len(parts[0]), -1).any(-1).sum())
+    what = "not finite" if kind.codec == "float16" else "codes or scales outside their bounds"
+    filled = "codes that do not fill their scale"
+    for count, message in ((bad, what), (behind, "states behind the valid tokens"), (odd, filled)):
+        if count:
+            yield Problem("rows", f"{name}: {message}", count)
 
 
 def _attention(unit: Unit, maps: MapColumns, direction: Rows) -> Iterator[Problem]:

@@ -37,7 +37,7 @@ MAX_METADATA = 2**20
 Allocate = Callable[[int], np.ndarray]
 """Makes memory of so many bytes: an array of uint8."""
 
-_TYPES = frozenset({"uint8", "uint16", "uint32", "uint64", "int16", "int32", "float16", "float32"})
+_TYPES = frozenset({"int8", "uint8", "uint16", "uint32", "uint64", "int16", "int32", "float16", "float32"})
 _CHECKSUM_BYTES = 4
 _LOCAL_HEADER_BYTES = 30
 _END_BYTES = 22

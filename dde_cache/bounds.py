@@ -57,6 +57,21 @@ def not_finite(values: Float[np.ndarray, "r n w"]) -> Bool[np.ndarray, "r n w"]:
     return (values.view(np.uint16) & 0x7C00) == 0x7C00
 
 
+def unsafe_states(values: np.ndarray) -> Bool[np.ndarray, "..."]:
+    """Where stored states or their scales are nothing to compute with: not finite, a negative scale, the code -128."""
+    if values.dtype == np.float16:
+        return not_finite(values)
+    if values.dtype == np.int8:
+        return np.asarray(values == -128)
+    return np.asarray(~(np.isfinite(values) & (values >= 0)))
+
+
+def inconsistent_states(code: Int[np.ndarray, "*n w"], scale: Float[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
+    """Which vectors contradict themselves: the largest code is 127 where there is a scale, otherwise 0."""
+    largest = np.abs(code.astype(np.int16)).max(-1, initial=0)
+    return np.asarray(largest != np.where(scale > 0, 127, 0))
+
+
 def _unsafe_dense(code: Int[np.ndarray, "r h q k"], rows: np.ndarray, keys: np.ndarray, steps: int) -> list[str]:
     problems = []
     # Over the heads first: rows of bytes, which NumPy compares many at a time.

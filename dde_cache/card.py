@@ -106,7 +106,10 @@ def to_fill_in(card: str) -> list[str]:
 def _kept(spec: TargetSpec) -> str:
     """Which keys are kept, and what lies beside the maps, in words."""
     whole = "; also rows over the whole sequence" if spec.has_whole else ""
-    return spec.kept + whole + ("" if spec.hidden_width is None else f"; hidden states of width {spec.hidden_width}")
+    states = "".join(
+        f"; {one.group} states of width {one.width}" + (", int8" if one.codec == "int8" else "") for one in spec.states
+    )
+    return spec.kept + whole + states
 
 
 def _facts(manifest: Manifest, provenance: Provenance, place: str) -> str:

@@ -36,6 +36,7 @@ class DistillConfig(FitConfig):
     soft_weight: float = Field(default=1.0, ge=0)
     hard_weight: float = Field(default=0.0, ge=0)
     hidden_weight: float = Field(default=0.0, ge=0, description="of the hidden states' squared error")
+    pooled_weight: float = Field(default=0.0, ge=0, description="of the pooled states' squared error")
     ranking_weight: float = Field(default=0.0, ge=0, description="of the ranking of mined candidates")
     ranking_temperature: float = Field(default=1.0, gt=0, description="of the teacher's matching scores")
     ranking_top: int | None = Field(default=None, ge=1, description="the first candidates alone; null: all")
@@ -94,19 +95,17 @@ class DistillConfig(FitConfig):
 
     @model_validator(mode="after")
     def _check_weights(self) -> "DistillConfig":
-        weights = (self.attention_weight, self.soft_weight, self.hard_weight, self.hidden_weight, self.ranking_weight)
-        if not any(weights):
-            raise ValueError(
-                "expected at least one of attention_weight, soft_weight, hard_weight, hidden_weight and ranking_weight "
-                "above 0"
-            )
+        names = ("attention", "soft", "hard", "hidden", "pooled", "ranking")
+        if not any(getattr(self, f"{name}_weight") for name in names):
+            listed = ", ".join(f"{name}_weight" for name in names[:-1])
+            raise ValueError(f"expected at least one of {listed} and {names[-1]}_weight above 0")
         return self
 
     @model_validator(mode="after")
     def _check_choices(self) -> "DistillConfig":
         if self.layer is not None and self.layer_map is not None:
             raise ValueError("expected layer or layer_map, got both: layer stands for a map to the last block")
-        if self.remap_flips and (self.attention == "whole" or self.hidden_weight):
+        if self.remap_flips and (self.attention == "whole" or self.hidden_weight or self.pooled_weight):
             raise ValueError("expected remap_flips with cross attention alone: nothing else is mirrored")
         return self
 
@@ -118,9 +117,14 @@ class DistillConfig(FitConfig):
         return tuple(kinds[self.attention][number] for number in asked) if self.attention_weight else ()
 
     @property
+    def states(self) -> tuple[str, ...]:
+        """The kinds of states that are compared, each with projections of its own."""
+        return tuple(kind for kind in ("hidden", "pooled") if getattr(self, f"{kind}_weight"))
+
+    @property
     def reads_records(self) -> bool:
         """Whether a loss needs more of the teacher than its logits."""
-        return bool(self.attention_weight or self.hidden_weight)
+        return bool(self.attention_weight or self.hidden_weight or self.pooled_weight)
 
     def pairs(self, layers: Sequence[int]) -> tuple[LayerPair, ...]:
         """The layers that are compared.

@@ -25,6 +25,7 @@ from dde_cache.sources import (
     online_targets,
 )
 from dde_cache.spec import Rows
+from dde_cache.states import mean_of_valid
 from dde_cache.student import DualEncoderOutput
 from dde_cache.tasks import load_task
 from dde_cache.terms import Objective, Sizes, Term, pairs
@@ -100,7 +101,8 @@ class StudentLosses(Objective[Compared]):
     teacher stored, behind its last valid row, stands for each of them.
 
     Hidden states: mean over the valid tokens of text and picture, and over the width, of the squared distance between
-    the teacher's and the student's, the latter mapped by a learned linear projection. Soft labels at temperature T:
+    the teacher's and the student's, the latter mapped by a learned linear projection. Pooled states: the same of the
+    means over the valid tokens, one of the text and one of the picture. Soft labels at temperature T:
     T^2 x the task's loss of both logits over T (Hinton, arXiv 1503.02531).
 
     With `axes` that differ, the student's rows are compared on the teacher's (`align`); rows and keys that the student
@@ -145,6 +147,11 @@ class StudentLosses(Objective[Compared]):
                     table[f"{rows}{slot}{behind}"] = Term(
                         config.attention_weight * share, partial(self._rows, place), partial(self._attention, place)
                     )
+                table[f"pooled{slot}{behind}"] = Term(
+                    config.pooled_weight * share,
+                    lambda batch, _sizes: 2 * len(batch["pair"]),
+                    partial(self._pooled, image, number, layers),
+                )
                 table[f"hidden{slot}{behind}"] = Term(
                     config.hidden_weight * share,
                     partial(self._tokens, image),
@@ -246,6 +253,17 @@ class StudentLosses(Objective[Compared]):
             shared = min(found.shape[1], teacher.shape[1])
             error = (found[:, :shared] - teacher[:, :shared].float()).square().mean(-1)
             total = total + torch.where(tower.mask[:, :shared], error, 0.0).sum()
+        return total
+
+    def _pooled(
+        self, image: int, number: int, layers: LayerPair, compared: Compared, _batch: Batch, _sizes: Sizes
+    ) -> Float[Tensor, ""]:
+        project = compared.projections[number + (len(self._pairs) if self._config.hidden_weight else 0)]
+        towers = (compared.student.text, _tower(compared.student, image))
+        total = compared.student.text.pooled.new_zeros((), dtype=torch.float32)
+        for tower, teacher in zip(towers, compared.taught.pooled[image, number], strict=True):
+            own = project(mean_of_valid(tower.block(layers.student).states, tower.mask)).float()
+            total = total + (own - teacher.float()).square().mean(-1).sum()
         return total
 
 

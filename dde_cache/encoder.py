@@ -11,6 +11,7 @@ from dde_cache.batches import Batch, pictures_of, to_device, tokens_of
 from dde_cache.codec import EncodedAttention, encode, encode_dense
 from dde_cache.errors import InputError, TeacherError
 from dde_cache.spec import Rows, TargetSpec
+from dde_cache.states import encode_int8, mean_of_valid
 from dde_cache.teacher import FusionTeacher, HiddenStates
 from dde_cache.vilt import image_tokens, token_mask
 
@@ -25,7 +26,7 @@ class Records:
     rows: Mapping[Rows, list[EncodedAttention]]
     logits: Tensor | None
     pixel_hashes: Tensor | None = None
-    hidden: Sequence[HiddenStates] = ()
+    states: Sequence[Mapping[str, Tensor]] = ()
 
 
 @dataclass
@@ -87,14 +88,14 @@ class TargetEncoder:
             spec.layers,
             padded_queries=spec.queries == "all",
             whole=spec.has_whole,
-            hidden=spec.hidden_width is not None,
+            hidden=bool(spec.states),
             logits=spec.classes is not None,
         )
         if output.logits is not None:
             self._check_finite(output.logits)
         text_tokens = batch["attention_mask"].sum(-1)
         encoded: dict[Rows, list[EncodedAttention]] = {name: [] for name in spec.rows}
-        hidden: list[HiddenStates] = []
+        states: list[Mapping[str, Tensor]] = []
         for slot, picture in enumerate(pictures):
             words, patches = text_tokens.to(self._device), image_tokens(picture.grid).to(self._device)
             keys = {"t2i": patches, "i2t": words}
@@ -108,8 +109,9 @@ class TargetEncoder:
                     )
                     self.kept.dense_bytes += 2 * spec.stored_heads * int((filled * every).sum())
                 if output.hidden:
-                    hidden.append(self._narrow(output.hidden[slot, layer], words, patches))
+                    states.append(self._narrow(output.hidden[slot, layer], words, patches))
                     self.kept.dense_bytes += 2 * (spec.hidden_width or 0) * int((words + patches).sum())
+                    self.kept.dense_bytes += 2 * (spec.pooled_width or 0) * 2 * len(words)
         self.kept.pairs += len(text_tokens)
         return Records(
             token_ids=batch["input_ids"] * batch["attention_mask"],
@@ -118,21 +120,27 @@ class TargetEncoder:
             rows=encoded,
             logits=None if output.logits is None else output.logits.cpu(),
             pixel_hashes=batch.get("pixel_hashes"),
-            hidden=hidden,
+            states=states,
         )
 
-    def _narrow(self, states: HiddenStates, words: Tensor, patches: Tensor) -> HiddenStates:
-        """Hidden states of the valid tokens in float16, with 0 behind them."""
-        narrow = []
-        for part, count in ((states.text, words), (states.image, patches)):
-            part = torch.where(token_mask(count, part.shape[1])[..., None], part, 0).to(torch.float16)
-            if not bool(part.isfinite().all()):
-                raise TeacherError(
-                    "expected hidden states from the teacher that fit float16, got larger or not finite ones; look at "
-                    "its weights, or leave hidden out of --targets"
-                )
-            narrow.append(part.cpu())
-        return HiddenStates(*narrow)
+    def _narrow(self, states: HiddenStates, words: Tensor, patches: Tensor) -> Mapping[str, Tensor]:
+        """Vectors of one block as they are stored, by the names of their arrays; 0 behind the valid tokens."""
+        arrays: dict[str, Tensor] = {}
+        for kind in self._spec.states:
+            for side, part, count in (("text", states.text, words), ("image", states.image, patches)):
+                mask, name = token_mask(count, part.shape[1]), f"{kind.group}/{side}"
+                part = torch.where(mask[..., None], part, 0) if kind.per_token else mean_of_valid(part, mask)
+                narrow = part.to(torch.float16) if kind.codec == "float16" else part
+                if not bool(narrow.isfinite().all()):
+                    raise TeacherError(
+                        f"expected {kind.group} states from the teacher that fit {kind.codec}, got larger or not "
+                        f"finite ones; look at its weights, or leave {kind.group} out of --targets"
+                    )
+                arrays[name] = narrow.cpu()
+                if kind.codec == "int8":
+                    code, scale = encode_int8(part)
+                    arrays |= {name: code.cpu(), f"{name}_scale": scale.cpu()}
+        return arrays
 
     def _check_finite(self, numbers: Tensor) -> None:
         """Refuse what no reader would take.

@@ -17,6 +17,9 @@ from dde_cache.samples import Shard
 from dde_cache.spec import (
     HIDDEN,
     HIDDEN_STATES,
+    INT8,
+    POOLED,
+    POOLED_STATES,
     WHOLE,
     WHOLE_ROWS,
     Dtype,
@@ -24,6 +27,7 @@ from dde_cache.spec import (
     Model,
     Provenance,
     Queries,
+    StateCodec,
     TargetSpec,
     TeacherIdentity,
     Weights,
@@ -47,7 +51,7 @@ KEPT = 8
 """Most kept keys a row where weights are sparse and nothing is said."""
 
 
-Target = Literal["cross", "whole", "hidden"]
+Target = Literal["cross", "whole", "hidden", "pooled"]
 
 
 class ExtractConfig(Model):
@@ -73,6 +77,9 @@ class ExtractConfig(Model):
         ge=1,
         le=254,
         description="levels of the square root of a weight; null where weights are not sqrt8",
+    )
+    states: StateCodec = Field(
+        default="float16", description="codec of hidden and pooled states; int8: a scale a vector, 1/254 of its largest"
     )
     layers: tuple[int, ...] | None = Field(default=None, description="0-based blocks; null: the last")
     predictions: bool = Field(
@@ -114,10 +121,10 @@ class ExtractConfig(Model):
     def _check_targets(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
         if "cross" not in targets or len(set(targets)) != len(targets):
             raise ValueError(
-                f"expected cross, and perhaps whole and hidden, each once, got {','.join(targets)}: the records of the "
-                "others lie beside those of cross, which say what tokens they are of"
+                f"expected cross, and perhaps whole, hidden and pooled, each once, got {','.join(targets)}: the "
+                "records of the others lie beside those of cross, which say what tokens they are of"
             )
-        order: tuple[Target, ...] = ("cross", "whole", "hidden")
+        order: tuple[Target, ...] = ("cross", "whole", "hidden", "pooled")
         return tuple(name for name in order if name in targets)
 
     @field_validator("passes")
@@ -134,7 +141,9 @@ class ExtractConfig(Model):
     @model_validator(mode="after")
     def _check_layers(self) -> "ExtractConfig":
         if self.layers == () and len(self.targets) > 1:
-            raise ValueError("expected layers with whole and hidden, whose records are of one each; got none")
+            raise ValueError("expected layers with whole, hidden and pooled, whose records are of one each; got none")
+        if self.states != "float16" and not {"hidden", "pooled"} & set(self.targets):
+            raise ValueError("expected states int8 with hidden or pooled among the targets, got neither")
         if self.layers == () and not self.predictions:
             raise ValueError("expected layers or predictions, got neither: nothing would be kept")
         return self
@@ -186,9 +195,9 @@ def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> Ex
         name: getattr(spec, name)
         for name in ("k", "mass", "weights", "steps", "layers", "heads", "queries", "dtype", "views", "view")
     }
-    targets = ["cross"] + [
-        name for name, there in (("whole", spec.has_whole), ("hidden", spec.hidden_width is not None)) if there
-    ]
+    further = {"whole": spec.has_whole, **{one.group: True for one in spec.states}}
+    targets = ["cross", *(name for name, there in further.items() if there)]
+    shared["states"] = spec.states[0].codec if spec.states else "float16"
     kept = spec.classes is not None or not spec.layers
     return ExtractConfig(
         **shared, predictions=kept, targets=targets, passes=passes, device=device, batch_size=batch_size
@@ -268,8 +277,10 @@ def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str
         groups["partners"] = dict(EXCHANGED)
     if "whole" in config.targets:
         groups[WHOLE] = dict(WHOLE_ROWS)
-    if "hidden" in config.targets:
-        groups[HIDDEN] = {"states": HIDDEN_STATES, "width": teacher.width}
+    codec = {"codec": INT8} if config.states == "int8" else {}
+    for group, what in ((HIDDEN, HIDDEN_STATES), (POOLED, POOLED_STATES)):
+        if group in config.targets:
+            groups[group] = {"states": what, "width": teacher.width} | codec
     return groups
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from dde_cache.blocks import Blocks, Layout
 from dde_cache.codec import part_names
-from dde_cache.spec import HASH_BYTES, HIDDEN, WHOLE, Direction, Rows, TargetSpec, UnitAttributes
+from dde_cache.spec import HASH_BYTES, HIDDEN, POOLED, WHOLE, Direction, Rows, TargetSpec, UnitAttributes
 from dde_cache.stream import CHUNK_PAIRS
 
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
-KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views", "partners", WHOLE, HIDDEN})
+KNOWN_GROUPS = frozenset({"samples", "maps", "predictions", "views", "partners", WHOLE, HIDDEN, POOLED})
 
 GROUP_OF_ROWS: Mapping[Rows, str] = {"t2i": "maps", "i2t": "maps", "t2w": WHOLE, "i2w": WHOLE}
 HIDDEN_ARRAYS = ("text", "image")
@@ -59,7 +59,7 @@ Axis = int | tuple[int, int]
 
 def known_groups(spec: TargetSpec) -> frozenset[str]:
     """The groups that this version reads; one whose parameters it does not know is as one that it does not know."""
-    unread = {WHOLE: not spec.has_whole, HIDDEN: spec.hidden_width is None}
+    unread = {WHOLE: not spec.has_whole, HIDDEN: spec.hidden_width is None, POOLED: spec.pooled_width is None}
     return KNOWN_GROUPS - {name for name, other in unread.items() if other}
 
 
@@ -73,8 +73,7 @@ def array_names(attributes: UnitAttributes) -> list[str]:
             for rows in attributes.spec.rows
             for part in part_names(attributes.spec.steps)
         ]
-        if attributes.spec.hidden_width is not None:
-            names += [f"{HIDDEN}/{name}" for name in HIDDEN_ARRAYS]
+        names += [name for states in attributes.spec.states for name in states.arrays]
     if "predictions" in attributes.groups:
         names += [f"predictions/{name}" for name in (*PREDICTION_COLUMNS, "logits")]
     if "views" in attributes.groups:
@@ -107,11 +106,11 @@ def layout_problems(blocks: Blocks, attributes: UnitAttributes) -> list[str]:
     problems += [
         f"{name}: expected at most {CHUNK_PAIRS} records a chunk, got {layout.records}"
         for name, layout in layouts.items()
-        if name.endswith(("/index", "/weight", "/tail", "/logits", "hidden/text", "hidden/image"))
-        and layout.records > CHUNK_PAIRS
+        if name.endswith(("/index", "/weight", "/tail", "/logits")) or name.startswith((f"{HIDDEN}/", f"{POOLED}/"))
+        if layout.records > CHUNK_PAIRS
     ]
     if "maps" in attributes.groups:
-        further = {WHOLE: attributes.spec.has_whole, HIDDEN: attributes.spec.hidden_width is not None}
+        further = {WHOLE: attributes.spec.has_whole, **{one.group: True for one in attributes.spec.states}}
         problems += [
             f"{name}: expected among the groups, as the specification says"
             for name, there in further.items()
@@ -159,9 +158,11 @@ def _expected(
         expected[f"{folder}/index"] = (_INDEX, (records, spec.stored_heads, (least, queries), slots))
         expected[f"{folder}/weight"] = ((_WEIGHT[spec.weights],), (*row, slot))
         expected[f"{folder}/tail"] = ((_TAIL[spec.weights],), row)
-    for name, length_of in zip(HIDDEN_ARRAYS, (spec.text_length, MAX_TOKENS), strict=True):
-        states: tuple[Axis, ...] = (records, (least, length_of), spec.hidden_width or 0)
-        expected[f"{HIDDEN}/{name}"] = (("float16",), states)
+    for states in spec.states:
+        for name, stored in states.arrays.items():
+            most = spec.text_length if "/text" in name else MAX_TOKENS
+            axes: tuple[Axis, ...] = (records, (least, most)) if states.per_token else (records,)
+            expected[name] = ((stored,), axes if name.endswith("_scale") else (*axes, states.width))
     predictions = length("predictions/sample")
     for name, dtype in PREDICTION_COLUMNS.items():
         expected[f"predictions/{name}"] = ((np.dtype(dtype).name,), (predictions,))

@@ -114,8 +114,9 @@ def axes_of(student: DualEncoder, tokens: TokenAligner | None, config: DistillCo
         drop=config.missing_tokens == "drop",
         same_grids=config.grids == "refuse",
     )
-    if config.hidden_weight and len({tower.width for tower in student.towers}) > 1:
-        raise InputError("expected hidden_weight 0 for towers of two widths: one map serves both; leave it out")
+    if config.states and len({tower.width for tower in student.towers}) > 1:
+        kinds = " and ".join(f"{kind}_weight" for kind in config.states)
+        raise InputError(f"expected {kinds} 0 for towers of two widths: one map serves both; leave it out")
     if axes.alike:
         return axes
     asked = {

@@ -90,7 +90,8 @@ def generous_bytes(spec: TargetSpec, image_tokens: int, pairs: int, units: int) 
     """
     images, texts = _LARGER_PICTURES * image_tokens, spec.text_length
     rows = sum(_row_bytes(spec, name, images, texts) for name in spec.rows)
-    record = spec.stored_heads * rows + 4 * texts + 2 * (spec.hidden_width or 0) * (texts + images)
+    record = spec.stored_heads * rows + 4 * texts + (2 * (spec.hidden_width or 0) + 4) * (texts + images)
+    record += 2 * (2 * (spec.pooled_width or 0) + 4)
     pair = record * spec.images * len(spec.layers) + 4 * (spec.classes or 0) + _PAIR_BYTES
     return pair * pairs + _UNIT_BYTES * units
 

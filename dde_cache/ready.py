@@ -99,9 +99,9 @@ def fit_student(
             heads += maps
             if not isinstance(maps[0], Raw):
                 notes.append(describe_maps(student, want, plan.tower.hidden_size // plan.tower.num_attention_heads))
-        if own.hidden_weight:
-            width = part.cache.spec.hidden_width if cached else part.teacher.width  # type: ignore[union-attr]
-            projections += [nn.Linear(student.towers[0].width, width or 0) for _ in pairs]
+        for kind in own.states:
+            width = getattr(part.cache.spec, f"{kind}_width") if cached else part.teacher.width  # type: ignore[union-attr]
+            projections += [nn.Linear(student.towers[0].width, width) for _ in pairs]
     student.keep_blocks(sorted(set(kept)))
     if not all(isinstance(one, Raw) for one in heads):
         student.add_module(ATTENTION_MAPS, nn.ModuleList(heads))

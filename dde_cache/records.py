@@ -17,6 +17,7 @@ from dde_cache.samples import Sample, Shard
 from dde_cache.spec import (
     FORMAT_VERSION,
     HIDDEN,
+    POOLED,
     WHOLE,
     Group,
     Provenance,
@@ -148,8 +149,8 @@ def assemble(
     if hashes:
         pixels = torch.cat(hashes)[order]
         further |= group_arrays(sample[matched].numpy(), view[matched].numpy(), pixels[matched].numpy())
-    if records[0].hidden:
-        further |= _hidden_arrays(records, order, {"text": longest, "image": longest_of["t2i"]})
+    if records[0].states:
+        further |= _state_arrays(records, order, {"text": longest, "image": longest_of["t2i"]})
     return UnitArrays(
         keys=[one.key for one in samples],
         content=np.stack([np.frombuffer(one.content_hash(), np.uint8) for one in samples]),
@@ -166,18 +167,20 @@ def assemble(
 
 
 def _to_length(states: Tensor, length: int) -> Tensor:
-    """Cut or pad the tokens of hidden states; what is cut is padding."""
-    return nn.functional.pad(states[:, :length], (0, 0, 0, max(length - states.shape[1], 0)))
+    """Cut or pad the tokens of hidden states or their scales; what is cut is padding."""
+    missing = max(length - states.shape[1], 0)
+    return nn.functional.pad(states[:, :length], (0, 0) * (states.dim() - 2) + (0, missing))
 
 
-def _hidden_arrays(records: Sequence[Records], order: Tensor, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Batches of (image slot, layer) hidden states -> the arrays of the group, those of a pair together."""
+def _state_arrays(records: Sequence[Records], order: Tensor, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Batches of (image slot, layer) vectors -> the arrays of their groups, those of a pair together."""
     arrays = {}
-    for name, length in lengths.items():
-        batches = [
-            torch.stack([_to_length(getattr(one, name), length) for one in batch.hidden], dim=1) for batch in records
-        ]
-        arrays[f"{HIDDEN}/{name}"] = torch.cat(batches)[order].flatten(0, 1).numpy()
+    for name in records[0].states[0]:
+        group, _, side = name.removesuffix("_scale").partition("/")
+        held = [[one[name] for one in batch.states] for batch in records]
+        if group == HIDDEN:
+            held = [[_to_length(one, lengths[side]) for one in batch] for batch in held]
+        arrays[name] = torch.cat([torch.stack(batch, dim=1) for batch in held])[order].flatten(0, 1).numpy()
     return arrays
 
 
@@ -219,7 +222,7 @@ def unit_attributes(
     """
     held = {"samples": True, "maps": arrays.maps is not None, "predictions": arrays.logits is not None}
     groups = {name: Group(required=True) for name, there in held.items() if there}
-    for name, array in (("views", "pixels"), ("partners", "content"), (HIDDEN, "text")):
+    for name, array in (("views", "pixels"), ("partners", "content"), (HIDDEN, "text"), (POOLED, "text")):
         if f"{name}/{array}" in arrays.further:
             groups[name] = Group(required=False)
     if arrays.whole:

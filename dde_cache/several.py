@@ -58,7 +58,7 @@ class TeacherEntry(BaseModel):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,40}$", description="null: that of the cache")
     attention: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="share in the attention losses")
     soft: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="share in the soft labels")
-    hidden: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="share in the hidden states")
+    hidden: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="share in the hidden and pooled states")
     layer: int | None = Field(default=None, ge=0, description="instead of the setting of this name")
     layer_map: str | None = Field(default=None, description="instead of the setting of this name")
 
@@ -166,12 +166,13 @@ def disagreements(targets: SeveralTargets, config: TrainConfig, *, classes: bool
     found += [
         f"{teacher.name}: what it has a share in has no weight; leave it out, or give that a weight"
         for teacher, (_, own) in zip(targets.teachers, parts_of(targets, config), strict=True)
-        if not (own.attention_weight or own.soft_weight or own.hidden_weight)
+        if not (own.reads_records or own.soft_weight)
     ]
     return found + [
         f"no teacher has a share of {kind}, whose weight is not 0; train with --set {kind}_weight=0"
         for kind in ("attention", "soft", "hidden")
-        if getattr(config, f"{kind}_weight") and not any(getattr(teacher, kind) for teacher in targets.teachers)
+        if (getattr(config, f"{kind}_weight") or (kind == "hidden" and config.pooled_weight))
+        and not any(getattr(teacher, kind) for teacher in targets.teachers)
     ]
 
 
@@ -281,11 +282,12 @@ class SeveralLosses(Objective[tuple[Compared, ...]]):
     def __init__(self, config: TrainConfig, targets: SeveralTargets, axes: Axes = ALIKE) -> None:
         parts = parts_of(targets, config)
         self._each = [StudentLosses(own, part, averages_heads(part, own), axes) for part, own in parts]
-        # Of the layer pairs whose hidden states, or heads, are mapped, those of one teacher behind the other's.
-        self._starts = {
-            name: np.cumsum([0, *(len(layers_of(part, own)) if getattr(own, weight) else 0 for part, own in parts)])
-            for name, weight in ((PROJECTIONS, "hidden_weight"), (ATTENTION_MAPS, "attention_weight"))
+        # Of the layer pairs whose states, or heads, are mapped, those of one teacher behind the other's.
+        counts = {
+            PROJECTIONS: [len(layers_of(part, own)) * len(own.states) for part, own in parts],
+            ATTENTION_MAPS: [len(layers_of(part, own)) * bool(own.attention_weight) for part, own in parts],
         }
+        self._starts = {name: np.cumsum([0, *some]).tolist() for name, some in counts.items()}
         table: dict[str, Term[tuple[Compared, ...]]] = {}
         for number, teacher in enumerate(targets.teachers):
             for part, term in self._each[number].terms.items():
@@ -305,7 +307,7 @@ class SeveralLosses(Objective[tuple[Compared, ...]]):
         """Those of the maps that a student has in training that are of one teacher."""
         maps: Any = getattr(model, name, None)
         starts = self._starts[name]
-        return None if maps is None else maps[int(starts[number]) : int(starts[number + 1])]
+        return None if maps is None else maps[starts[number] : starts[number + 1]]
 
 
 def _total(number: int, term: Term[Compared]) -> Callable[[tuple[Compared, ...], Batch, Mapping[str, int]], Tensor]:

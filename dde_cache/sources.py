@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import ViltConfig
 
 from dde_cache.attention import Attention, sparsify
@@ -13,10 +15,12 @@ from dde_cache.choices import SAME, DistillConfig, LayerPair
 from dde_cache.join import OnMissing
 from dde_cache.layout import HIDDEN_ARRAYS
 from dde_cache.preprocess import Preprocessor
-from dde_cache.spec import HIDDEN, Rows
+from dde_cache.spec import HIDDEN, POOLED, Rows
+from dde_cache.states import decode_int8, mean_of_valid
 from dde_cache.store import Cache
 from dde_cache.targets import decoded, slot_name
 from dde_cache.teacher import FusionTeacher, HiddenStates
+from dde_cache.vilt import image_tokens, token_mask
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class CachedTeacher:
     Attributes:
         name: in metrics and messages.
         targets: its cache.
-        attention, soft, hidden: shares; each kind's are divided by their sum.
+        attention, soft, hidden: shares; each kind's are divided by their sum. `hidden` is of pooled states too.
         layer, layer_map: instead of the settings of these names, where one is given.
     """
 
@@ -86,11 +90,13 @@ class Taught(NamedTuple):
         rows: attention rows by (kind, image slot, number of the layer pair).
         hidden: hidden states of text and picture by (image slot, number of the layer pair).
         logits: [b, c].
+        pooled: pooled states of text and picture [b, w], likewise.
     """
 
     rows: Mapping[tuple[Rows, int, int], Attention]
     hidden: Mapping[tuple[int, int], HiddenStates]
     logits: Any = None
+    pooled: Mapping[tuple[int, int], tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
 def caches_of(targets: Targets) -> tuple[CachedTargets, ...]:
@@ -122,7 +128,8 @@ def parts_of(targets: Targets, config: Config) -> list[tuple[Alone, Config]]:
     parts: list[tuple[Alone, Config]] = []
     for number, teacher in enumerate(targets.teachers):
         weights = {
-            f"{kind}_weight": getattr(config, f"{kind}_weight") * getattr(teacher, kind) / sums[kind] for kind in kinds
+            f"{name}_weight": getattr(config, f"{name}_weight") * getattr(teacher, kind) / sums[kind]
+            for name, kind in (*zip(kinds, kinds, strict=True), ("pooled", "hidden"))
         }
         change: dict[str, Any] = weights | ({} if number == 0 else {"hard_weight": 0.0})
         if (teacher.layer, teacher.layer_map) != (None, None):
@@ -164,19 +171,25 @@ def cached_targets(targets: CachedTargets, batch: Batch, config: DistillConfig, 
         for name in config.rows
         for image, number in places
     }
-    hidden = {
-        (image, number): HiddenStates(
-            *(batch[f"target.{slot_name(f'{HIDDEN}/{name}', image, number)}"] for name in HIDDEN_ARRAYS)
-        )
-        for image, number in places
-        if config.hidden_weight
+    sides = {
+        (kind, *place): [_vectors(batch, f"{kind}/{side}", *place) for side in HIDDEN_ARRAYS]
+        for kind in config.states
+        for place in places
     }
-    return Taught(rows, hidden, batch.get("target.logits"))
+    hidden = {place: HiddenStates(*sides[HIDDEN, *place]) for place in places if config.hidden_weight}
+    pooled = {place: (*sides[POOLED, *place],) for place in places if config.pooled_weight}
+    return Taught(rows, hidden, batch.get("target.logits"), pooled)  # type: ignore[arg-type]
+
+
+def _vectors(batch: Batch, name: str, image: int, number: int) -> Tensor:
+    """Hidden or pooled states of a batch, decoded where they are."""
+    stored, scale = (batch.get(f"target.{slot_name(part, image, number)}") for part in (name, f"{name}_scale"))
+    return stored if scale is None else decode_int8(stored, scale)  # type: ignore[arg-type, return-value]
 
 
 def online_targets(targets: OnlineTargets, batch: Batch, config: DistillConfig, pairs: Sequence[LayerPair]) -> Taught:
     """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one."""
-    whole, hidden = config.attention == "whole" and bool(config.rows), bool(config.hidden_weight)
+    whole, hidden = config.attention == "whole" and bool(config.rows), bool(config.states)
     # The teacher's numbers are those of an extraction: in its own precision, not the student's.
     with torch.autocast(batch["input_ids"].device.type, enabled=False):
         output = targets.teacher(
@@ -194,4 +207,11 @@ def online_targets(targets: OnlineTargets, batch: Batch, config: DistillConfig, 
             # Sparse, so that the padded image token of a teacher's query row, no key of the student's, is left out.
             rows[name, image, number] = sparsify(output.rows(name, image, pairs[number].teacher), None)
     states = {(image, number): output.hidden[image, pairs[number].teacher] for image, number in places if hidden}
-    return Taught(rows, states, output.logits)
+    words = batch["attention_mask"].sum(-1)
+    pooled = {}
+    for (image, number), held in states.items() if config.pooled_weight else ():
+        counts = (words, image_tokens(batch[f"grid{image}"]).to(words.device))
+        each = zip((held.text, held.image), counts, strict=True)
+        text, picture = (mean_of_valid(one, token_mask(count, one.shape[1])) for one, count in each)
+        pooled[image, number] = (text, picture)
+    return Taught(rows, states, output.logits, pooled)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,15 @@ WHOLE_ROWS: dict[str, Any] = {"keys": "valid text then valid image v1"}
 HIDDEN = "hidden"
 HIDDEN_STATES = "block output v1"
 """What `spec.groups["hidden"]["states"]` says; `width` stands beside it."""
+
+POOLED = "pooled"
+POOLED_STATES = "mean of valid tokens v1"
+"""What `spec.groups["pooled"]["states"]` says; `width` stands beside it."""
+
+INT8 = "int8 v1"
+"""What `codec` says beside them; without it vectors are float16."""
+
+StateCodec = Literal["float16", "int8"]
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Line = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -53,6 +62,27 @@ class Model(BaseModel):
     """Frozen, and strict about unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class States(NamedTuple):
+    """A group of vectors of the teacher's blocks: its name, their width and codec."""
+
+    group: str
+    width: int
+    codec: StateCodec
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is a vector for each token."""
+        return self.group == HIDDEN
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """The arrays of text and picture by name, with their types; `int8` has a scale for each vector."""
+        sides = [f"{self.group}/{side}" for side in ("text", "image")]
+        if self.codec == "float16":
+            return dict.fromkeys(sides, "float16")
+        return {name: dtype for side in sides for name, dtype in ((side, "int8"), (f"{side}_scale", "float32"))}
 
 
 class TeacherIdentity(Model):
@@ -136,10 +166,24 @@ class TargetSpec(Model):
     @property
     def hidden_width(self) -> int | None:
         """Width of the hidden states; None where there are none, or in a form that this version does not know."""
-        found = self.groups.get(HIDDEN, {})
-        width = found.get("width")
-        known = found == {"states": HIDDEN_STATES, "width": width} and type(width) is int and 0 < width < 2**20
-        return width if known and self.layers else None
+        return next((one.width for one in self.states if one.group == HIDDEN), None)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled states; None as for hidden ones."""
+        return next((one.width for one in self.states if one.group == POOLED), None)
+
+    @property
+    def states(self) -> tuple[States, ...]:
+        """Groups of vectors that are kept in a form that this version knows."""
+        found = []
+        for group, what in ((HIDDEN, HIDDEN_STATES), (POOLED, POOLED_STATES)):
+            said = self.groups.get(group, {})
+            width, codec = said.get("width"), said.get("codec")
+            form = {"states": what, "width": width} | ({} if codec is None else {"codec": INT8})
+            if self.layers and said == form and type(width) is int and 0 < width < 2**20:
+                found.append(States(group, width, "float16" if codec is None else "int8"))
+        return tuple(found)
 
     @property
     def rows(self) -> tuple[Rows, ...]:

@@ -16,10 +16,11 @@ from pydantic import Field
 
 from dde_cache.codec import EncodedAttention
 from dde_cache.errors import CacheError, InputError, bullet_list
-from dde_cache.layout import HIDDEN_ARRAYS, VIEW_COLUMNS, known_groups
+from dde_cache.layout import VIEW_COLUMNS, known_groups
 from dde_cache.partners import cut_partners
 from dde_cache.spec import (
     HIDDEN,
+    POOLED,
     WHOLE,
     Model,
     Provenance,
@@ -34,7 +35,7 @@ from dde_cache.staging import StagedCache, check_free
 from dde_cache.store import Cache
 from dde_cache.unit import SUFFIX, MapColumns, Unit, UnitArrays
 
-Table = Literal["maps", "predictions", "whole", "hidden"]
+Table = Literal["maps", "predictions", "whole", "hidden", "pooled"]
 
 
 class Selection(Model):
@@ -152,7 +153,7 @@ def _spec(cache: Cache, selection: Selection) -> TargetSpec:
         "maps": bool(spec.layers),
         "predictions": spec.classes is not None,
         WHOLE: spec.has_whole,
-        HIDDEN: spec.hidden_width is not None,
+        **{group: any(one.group == group for one in spec.states) for group in (HIDDEN, POOLED)},
     }
     held = {name for name in there if there[name]}
     wrong = [
@@ -162,9 +163,9 @@ def _spec(cache: Cache, selection: Selection) -> TargetSpec:
     if wrong:
         raise InputError(f"{cache.folder}: expected what the cache holds, got:{bullet_list(wrong, 20)}")
     tables = held if selection.fields is None else set(selection.fields)
-    if tables & {WHOLE, HIDDEN} and "maps" not in tables:
+    if tables & {WHOLE, HIDDEN, POOLED} and "maps" not in tables:
         raise InputError(
-            f"{cache.folder}: expected maps together with {WHOLE} and {HIDDEN}, whose records lie beside them"
+            f"{cache.folder}: expected maps together with {WHOLE}, {HIDDEN} and {POOLED}, whose records lie beside them"
         )
     layers = tuple(sorted(selection.layers)) if selection.layers else spec.layers
     return spec.model_copy(
@@ -243,7 +244,7 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         prediction_pass=columns["pass"],
         further=(_cut_views(unit, place) if "views" in unit.attributes.groups else {})
         | (cut_partners(unit, place) if unit.has_partners else {})
-        | (_cut_hidden(unit, place, spec) if spec.hidden_width is not None else {}),
+        | (_cut_states(unit, place, spec) if spec.states else {}),
         whole={name: rows for name, rows in directions.items() if name in ("t2w", "i2w")},
     )
     held = (
@@ -251,7 +252,7 @@ def cut_unit(unit: Unit, keys: Collection[str], spec: TargetSpec) -> tuple[UnitA
         | ({"maps"} if maps is not None else set())
         | ({"predictions"} if logits is not None else set())
         | ({WHOLE} if spec.has_whole else set())
-        | ({HIDDEN} if spec.hidden_width is not None else set())
+        | {one.group for one in spec.states}
     )
     pairs = zip(maps.sample, maps.text, strict=True) if maps else zip(columns["sample"], columns["text"], strict=True)
     attributes = unit.attributes.model_copy(
@@ -303,11 +304,13 @@ def _kept_records(maps: MapColumns, place: Int[np.ndarray, " n"], spec: TargetSp
     return np.flatnonzero((place[maps.sample] >= 0) & np.isin(maps.layer, spec.layers))
 
 
-def _cut_hidden(unit: Unit, place: Int[np.ndarray, " n"], spec: TargetSpec) -> dict[str, np.ndarray]:
-    """Keep the hidden states of some samples and layers."""
+def _cut_states(unit: Unit, place: Int[np.ndarray, " n"], spec: TargetSpec) -> dict[str, np.ndarray]:
+    """Keep the hidden and pooled states of some samples and layers."""
     rows = _kept_records(unit.maps, place, spec)
-    lengths = (unit.maps.text_tokens[rows].max(initial=0), unit.maps.image_tokens[rows].max(initial=0))
-    return {
-        f"{HIDDEN}/{name}": unit.hidden(name)[rows][:, :length]
-        for name, length in zip(HIDDEN_ARRAYS, lengths, strict=True)
-    }
+    text, image = unit.maps.text_tokens[rows].max(initial=0), unit.maps.image_tokens[rows].max(initial=0)
+    cut = {}
+    for kind in spec.states:
+        for name in kind.arrays:
+            kept = unit.states(name)[rows]
+            cut[name] = kept[:, : text if "/text" in name else image] if kind.per_token else kept
+    return cut

@@ -133,7 +133,8 @@ def _dense_bytes(maps: MapColumns, spec: TargetSpec) -> int:
         int(((words if name in ("t2i", "t2w") else patches) * keys.get(name, words + patches)).sum())
         for name in spec.rows
     )
-    return 2 * (spec.stored_heads * rows + (spec.hidden_width or 0) * int((words + patches).sum()))
+    states = (spec.hidden_width or 0) * int((words + patches).sum()) + (spec.pooled_width or 0) * 2 * len(words)
+    return 2 * (spec.stored_heads * rows + states)
 
 
 def count_masses(unit: Unit, direction: Direction) -> np.ndarray:

@@ -15,12 +15,12 @@ from dde_cache.chunks import Chunks, in_threads
 from dde_cache.codec import EncodedAttention, blank, decode, fill, from_parts, part_names
 from dde_cache.errors import CacheError, PixelDrift, PixelDriftWarning
 from dde_cache.join import join, units_by_source
-from dde_cache.layout import DIRECTIONS, HIDDEN_ARRAYS
+from dde_cache.layout import DIRECTIONS
 from dde_cache.lookup import ONLY, ChunkPlace, Members, OpenUnit, Table, text_number
 from dde_cache.mirror import mirror_maps
 from dde_cache.partners import Partner
 from dde_cache.samples import Sample, Shard, Text
-from dde_cache.spec import HIDDEN, Rows
+from dde_cache.spec import HIDDEN, POOLED, Rows
 from dde_cache.store import Cache
 from dde_cache.stream import CHUNK_PAIRS, Pair, Recent
 from dde_cache.views import is_spot_checked
@@ -41,6 +41,7 @@ class CacheTargets:
         attention: whether to read maps.
         rows: which attention rows.
         hidden: whether to read hidden states.
+        pooled: whether to read pooled states.
         padded_queries: whether to read padded query rows, which the cache must then have.
         pixels: of which samples the pixels of a view are compared with what the teacher saw.
         allow_drift: warn about other pixels, once a process, instead of refusing them.
@@ -57,6 +58,7 @@ class CacheTargets:
         attention: bool = True,
         rows: Sequence[Rows] = DIRECTIONS,
         hidden: bool = False,
+        pooled: bool = False,
         padded_queries: bool = False,
         pixels: Pixels = "spot",
         allow_drift: bool = False,
@@ -67,7 +69,9 @@ class CacheTargets:
         self._passes = tuple(passes)
         self._cache, self._layers = cache, (layer,) if isinstance(layer, int) else tuple(layer)
         self._kinds = tuple(rows) if attention else ()
-        self._hidden, self._reads_records = hidden, hidden or bool(self._kinds)
+        wanted = {HIDDEN: hidden, POOLED: pooled}
+        self._states_of = [one for one in cache.spec.states if wanted[one.group]]
+        self._reads_records = hidden or pooled or bool(self._kinds)
         self._pixels, self._allow_drift, self._warned = pixels, allow_drift, False
         self._padded_queries = padded_queries
         self._entries = {entry.name: entry for entry in cache.manifest.units}
@@ -181,7 +185,7 @@ class CacheTargets:
         return self._units(place.unit).unit.attention(cast(Rows, place.table), place.rows, allocate)
 
     def _read_states(self, place: ChunkPlace, allocate: Allocate) -> np.ndarray:
-        return self._units(place.unit).unit.hidden(place.table.removeprefix(f"{HIDDEN}/"), place.rows, allocate)
+        return self._units(place.unit).unit.states(place.table, place.rows, allocate)
 
     def _read_logits(self, place: ChunkPlace, allocate: Allocate) -> np.ndarray:
         return self._units(place.unit).unit.logits(place.rows, allocate)
@@ -221,8 +225,9 @@ class CacheTargets:
             `token_ids` [b, t] (0 where padded), `grid` [b, 2], and for both directions `weight` [b, h, q, k], or of
             sparse weights `index`, `weight` [b, h, q, s] and `tail` [b, h, q]. Key axes are as long as the query axes
             of the other direction, without the padded image row; those of rows over the whole sequence as long as the
-            longest of the batch. Hidden states are `hidden/text` [b, t, w] and `hidden/image` [b, v, w]. For the names
-            of other image slots and layers see `slot_name`.
+            longest of the batch. Hidden states are `hidden/text` [b, t, w] and `hidden/image` [b, v, w], pooled ones
+            `pooled/text` and `pooled/image` [b, w]; of int8 with `_scale` beside them, without w. For the names of
+            other image slots and layers see `slot_name`.
 
         Raises:
             CacheError: a unit is damaged, or lacks one of the pairs.
@@ -278,20 +283,24 @@ class CacheTargets:
                 fill(gathered, some.numbers, chunk, some.rows)
             batch |= {f"{slot_name(direction, image, number)}.{name}": part for name, part in gathered.parts.items()}
         self._maps.taken({place: len(some.rows) for place, some in wanted.items()})
-        if self._hidden:
-            lengths = {"text": int(text.max()), "image": images}
-            batch |= {
-                slot_name(f"{HIDDEN}/{name}", image, number): self._gather_states(name, members, lengths[name])
-                for name in HIDDEN_ARRAYS
-            }
+        for kind in self._states_of:
+            for name in kind.arrays:
+                length = int(text.max()) if "/text" in name else images
+                states = self._gather_states(name, members, length if kind.per_token else None)
+                batch[slot_name(name, image, number)] = states
         return batch
 
-    def _gather_states(self, name: str, members: Sequence[Members], length: int) -> Float[Tensor, "b n w"]:
-        """Hidden states of a batch's texts or pictures."""
-        wanted = {some.place(f"{HIDDEN}/{name}"): some for some in members}
-        pairs = sum(len(some.rows) for some in members)
-        gathered = np.zeros((pairs, length, self._cache.spec.hidden_width or 0), np.float16)
-        for place, chunk in self._states.load(wanted).items():
+    def _gather_states(self, name: str, members: Sequence[Members], length: int | None) -> Tensor:
+        """Hidden or pooled states (or scales) of a batch as they are stored; `length` cuts or pads the tokens."""
+        wanted = {some.place(name): some for some in members}
+        loaded = self._states.load(wanted)
+        first = next(iter(loaded.values()))
+        each = first.shape[1:] if length is None else (length, *first.shape[2:])
+        gathered = np.zeros((sum(len(some.rows) for some in members), *each), first.dtype)
+        for place, chunk in loaded.items():
+            if length is None:
+                gathered[wanted[place].numbers] = chunk[wanted[place].rows]
+                continue
             shared = min(length, chunk.shape[1])
             gathered[wanted[place].numbers, :shared] = chunk[wanted[place].rows, :shared]
         self._states.taken({place: len(some.rows) for place, some in wanted.items()})

@@ -19,7 +19,7 @@ from dde_cache.arrays import MapColumns as MapColumns
 from dde_cache.arrays import UnitArrays as UnitArrays
 from dde_cache.arrays import unit_members
 from dde_cache.blocks import Allocate, Blocks
-from dde_cache.bounds import not_finite, unsafe
+from dde_cache.bounds import unsafe, unsafe_states
 from dde_cache.codec import EncodedAttention, from_numpy, part_names
 from dde_cache.errors import CacheError, bullet_list
 from dde_cache.files import write_members
@@ -266,10 +266,30 @@ class Unit:
         Raises:
             CacheError: a checksum does not hold, or a number is not finite.
         """
-        states = self.array(f"{HIDDEN}/{name}", rows, allocate)
-        if not_finite(states).any():
-            raise self._damaged(f"{HIDDEN}/{name}", "expected finite numbers, got others")
+        return self.states(f"{HIDDEN}/{name}", rows, allocate)
+
+    def states(self, name: str, rows: slice = slice(None), allocate: Allocate | None = None) -> np.ndarray:
+        """Hidden or pooled states of some records as they are stored (`hidden/text`, `pooled/image_scale`, ...).
+
+        Raises:
+            CacheError: a checksum does not hold, or a number is not finite or outside its bounds.
+        """
+        states = self.array(name, rows, allocate)
+        if unsafe_states(states).any():
+            raise self._damaged(name, "expected finite numbers, codes from -127 and scales from 0, got others")
         return states
+
+    def vectors(self, group: str, side: str, rows: slice = slice(None)) -> Float[np.ndarray, "r *n w"]:
+        """Hidden or pooled states of some records, decoded.
+
+        Raises:
+            CacheError: as for `states`.
+        """
+        name = f"{group}/{side}"
+        stored = self.states(name, rows)
+        if stored.dtype != np.int8:
+            return stored.astype(np.float32)
+        return stored.astype(np.float32) * self.states(f"{name}_scale", rows)[..., None]
 
     def logits(self, rows: slice = slice(None), allocate: Allocate | None = None) -> Float[np.ndarray, "p c"]:
         """The teacher's logits of some predictions, in memory of `allocate` where it is given.

@@ -11,11 +11,11 @@ CORE = sorted((ROOT / "dde_cache").rglob("*.py"))
 PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
-    "errors", "files", "spec", "pages", "configs", "attention", "blocks", "codec", "mirror", "bounds", "images",
-    "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "candidates", "preprocess",
-    "tokens", "vilt", "teachers", "views", "passes", "partners", "audit", "drift", "assets", "manifest", "store",
-    "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share", "staging", "subset", "merge",
-    "checkpoint", "teacher", "towers", "student", "initial", "pretext", "losses", "align", "join", "lookup",
+    "errors", "files", "spec", "pages", "configs", "attention", "blocks", "codec", "states", "mirror", "bounds",
+    "images", "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit", "candidates",
+    "preprocess", "tokens", "vilt", "teachers", "views", "passes", "partners", "audit", "drift", "assets", "manifest",
+    "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share", "staging", "subset",
+    "merge", "checkpoint", "teacher", "towers", "student", "initial", "pretext", "losses", "align", "join", "lookup",
     "targets", "agreement", "batches", "terms", "encoder", "records", "buckets", "ranks", "scores", "tasks", "runs",
     "replay", "interrupt", "optimizer", "clock", "fit", "choices", "sources", "match", "distill", "several",
     "pretraining", "model_card", "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "matching",

@@ -270,7 +270,7 @@ def test_a_part_has_the_bytes_of_an_extraction_of_that_part(cache, shards, teach
     subset(cache, tmp_path / "plain", Selection(fields=("maps", "predictions")))
     direct = make_cache(shards, teacher_folder, tmp_path / "direct-plain", layers=LAYERS)
     assert tree(tmp_path / "plain" / "units") == tree(direct.folder / "units")
-    with pytest.raises(InputError, match="expected maps together with whole and hidden"):
+    with pytest.raises(InputError, match="expected maps together with whole, hidden and pooled"):
         subset(cache, tmp_path / "none", Selection(fields=("predictions", "hidden")))
 
 
@@ -439,7 +439,7 @@ def test_the_command_line_and_what_it_says(shards, teacher_folder, tmp_path):
 
 
 def test_targets_of_no_layer_are_refused():
-    with pytest.raises(ValueError, match="expected layers with whole and hidden"):
+    with pytest.raises(ValueError, match="expected layers with whole, hidden and pooled"):
         ExtractConfig(targets=EVERY, layers=())
 
 
