@@ -39,7 +39,7 @@ from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.extract import ExtractConfig, extract
 from dde_cache.importers.shapes import shapes
 from dde_cache.join import join
-from dde_cache.losses import dense_kl, log_attention, sparse_kl, weighted_mean
+from dde_cache.losses import dense_kl, log_attention, sparse_kl, weighted_sum
 from dde_cache.prepare import labels_only
 from dde_cache.samples import Shard, open_shards
 from dde_cache.sources import CachedTargets
@@ -229,7 +229,8 @@ def losses(truth: Truth, rows: Mapping[str, Rows], student: Sequence[Tensor]) ->
     for direction, log in logs.items():
         taught = rows[direction]
         by_row = dense_kl(taught, log) if isinstance(taught, Tensor) else sparse_kl(taught, log, truth.keys(direction))
-        total = total + weighted_mean(by_row, truth.queries(direction).float())
+        weight = truth.queries(direction).float()
+        total = total + weighted_sum(by_row, weight) / weight.sum()
     gradients = torch.autograd.grad(total, [text_query, text_key, image_query, image_key])
     return float(total.detach()), torch.cat([gradient.flatten().double() for gradient in gradients])
 

@@ -1,24 +1,27 @@
 """Make the sample teacher again, by the very commands, and score it beside models that should do worse.
 
-Runs `dde-cache data import shapes`, `dde-cache teacher train` with benchmarks/sample_teacher.yaml, and `dde-cache eval`
-on the test split: the teacher; a question-only model (the most frequent answer to that very question in the training
-data); and a plain dual encoder of the teacher's size, trained on labels alone for the same steps, batch and rate.
-About an hour for the teacher and another for the dual encoder on two cores; not in CI.
+In this process it runs `dde-cache data import shapes`, `dde-cache teacher train` with sample_teacher.yaml beside this
+file, and `dde-cache eval` on the test split: the teacher; a question-only model (the most frequent answer to that very
+question in the training data); and a plain dual encoder of the teacher's size, trained on labels alone for the same
+steps, batch and rate. About an hour for the teacher and another for the dual encoder on two cores; not in CI.
 
 Limit: 1, every answer right. The floor of a question-only model is one half: `shapes` balances its answers.
 
     python benchmarks/sample_teacher.py --out OUT
 """
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from common import arguments, print_machine, print_ratio
+from dde_cache.cli.app import main as command
 
 CONFIG = Path(__file__).with_name("sample_teacher.yaml")
 FIT = ("steps", "batch_size", "learning_rate", "warmup", "precision")
@@ -31,10 +34,14 @@ def dde_cache(*arguments: object) -> str:
     """Run a command, show it, and return what it printed."""
     words = [str(argument) for argument in arguments]
     print("dde-cache " + " ".join(words), flush=True)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("dde-cache"), *words], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return done.stdout
+    printed = io.StringIO()
+    with mock.patch.object(sys, "argv", ["dde-cache", *words]), contextlib.redirect_stdout(printed):
+        try:
+            command()
+        except SystemExit as stop:
+            if stop.code:
+                raise
+    return printed.getvalue()
 
 
 def score(subject: Path, test: Path, train: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dde_cache.importers.nlvr import nlvr_source
 from dde_cache.importers.nlvr2 import nlvr2_source
 from dde_cache.importers.shapes import shapes_source
 from dde_cache.importers.snli_ve import snli_ve_source
+from dde_cache.importers.sort_of_clevr import sort_of_clevr_source
 from dde_cache.importers.vqav2 import vqav2_source
 
 from .console import console, errors, print_json, progress
@@ -30,6 +31,7 @@ class SourceName(StrEnum):
     """Where samples come from."""
 
     shapes = "shapes"
+    sort_of_clevr = "sort-of-clevr"
     easy_vqa = "easy-vqa"
     nlvr = "nlvr"
     vqav2 = "vqav2"
@@ -42,6 +44,7 @@ class SourceName(StrEnum):
 
 _OPTIONS_OF = {
     SourceName.shapes: ("count", "grid", "cell", "texts", "kinds", "seed"),
+    SourceName.sort_of_clevr: ("count", "seed"),
     SourceName.easy_vqa: (),
     SourceName.nlvr: ("from",),
     SourceName.vqav2: ("from", "images", "annotations"),
@@ -80,12 +83,12 @@ def import_(
     ),
     images: Path | None = typer.Option(None, help="vqav2, nlvr2, snli-ve, karpathy: pictures, a folder or a tar."),
     annotations: Path | None = typer.Option(None, help="vqav2: the file of answers; without it, no labels."),
-    count: int | None = typer.Option(None, help="shapes: pictures (1000)."),
+    count: int | None = typer.Option(None, help="shapes, sort-of-clevr: pictures (1000)."),
     texts: int | None = typer.Option(None, help="shapes: questions a picture (6)."),
     kinds: str | None = typer.Option(None, help="shapes: kinds in turn, with commas (exists,row,neighbour)."),
     grid: int | None = typer.Option(None, help="shapes: cells a side (3)."),
     cell: int | None = typer.Option(None, help="shapes: pixels a cell (12)."),
-    seed: int | None = typer.Option(None, help="shapes: seed (0)."),
+    seed: int | None = typer.Option(None, help="shapes, sort-of-clevr: seed (0)."),
     shard_size: int = typer.Option(1000, help="Samples a tar."),
     labels: str | None = typer.Option(None, help="Labels allowed: a,b,c or a file with one a line."),
     skip_bad: bool = typer.Option(False, "--skip-bad", help=f"Leave bad samples out, list them in {LEFT_OUT_NAME}."),
@@ -144,6 +147,8 @@ def _source(name: SourceName, split: str | None, options: dict[str, Any]) -> Sou
         raise InputError(f"expected options of {name.value}, got {', '.join(wrong)}, which it does not have")
     if name is SourceName.shapes:
         return shapes_source(split or "train", options.pop("count", 1000), **options)
+    if name is SourceName.sort_of_clevr:
+        return sort_of_clevr_source(split or "train", options.pop("count", 1000), **options)
     if name is SourceName.easy_vqa:
         return easy_vqa_source(split or "train")
     if "from" not in options:

@@ -91,7 +91,8 @@ def _setting(name: str, field: Any) -> str:
 
 def _unlisted(name: str) -> str:
     """An option as it is typed: what may be given again is given once each time."""
-    return re.sub(r"<list\[(\w+)\]>", lambda found: f"<{found[1].lower()}>", name)
+    name = re.sub(r"<list\[(\w+)\]>", lambda found: f"<{found[1].lower()}>", name)
+    return name if len(name) < 70 else name.replace("|", " | ")  # a long choice may be broken
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from dde_cache.cells import FAMILIES, chosen, ordered
@@ -87,9 +88,12 @@ def _show(report: StudyReport) -> None:
             "" if row.difference is None else points(row.difference),
         )
     console.print(table)
-    for claim in report.claims:
+    for claim in (one for one in report.claims if one.measured):
         colour = {"established": "green", "refuted": "red"}.get(claim.verdict, "yellow")
-        console.print(f"[{colour}]{claim.verdict}[/]: {claim.claim}: {claim.because}", highlight=False)
+        console.print(f"[{colour}]{claim.verdict}[/]: {claim.claim}: {escape(claim.because)}", highlight=False)
+    unknown = [claim.claim for claim in report.claims if not claim.measured]
+    if unknown:
+        console.print(f"no runs of both sides yet: {'; '.join(unknown)}", highlight=False, markup=False)
     if report.proves_nothing:
         console.print("[yellow]this set proves nothing:[/] a plain dual encoder is as good as the teacher")
     if report.skipped:

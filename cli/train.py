@@ -137,7 +137,7 @@ def train(
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if allow_pixel_drift:
         chosen = _drifting(chosen)
-    notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init)]
+    notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init, settings.view)]
     if init is not None and is_run(init):
         notes.append(escape(announced(init, _head(settings))))
     for note in notes if ranks.first else ():
@@ -190,8 +190,8 @@ def _drifting(targets: Targets) -> Targets:
     return drift_allowed(targets)
 
 
-def _lacking(preset: str | None, targets: Targets, init: str | None) -> list[str]:
-    return lacking_of_preset(preset, targets, init) if preset else []
+def _lacking(preset: str | None, targets: Targets, init: str | None, view: str | None) -> list[str]:
+    return lacking_of_preset(preset, targets, init, view) if preset else []
 
 
 def _head(settings: TrainConfig) -> Head:

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from dde_cache.cells import DEFAULT, FAMILIES, LOSSLESS, TOP_8, Cell
+from dde_cache.cells import DEFAULT, LOSSLESS, TOP_8, Cell
 from dde_cache.equivalence import Difference, Requirements, Verdict, paired_difference
 from dde_cache.outcomes import Outcomes
 from dde_cache.spec import Model
@@ -15,6 +15,9 @@ ClaimVerdict = Literal["established", "refuted", "not enough data"]
 
 KEPT_SHARE = 0.99
 """Of the teacher's accuracy, which the distilled student keeps."""
+
+
+NOTHING = "no runs of both sides"
 
 
 class StudyRow(Model):
@@ -34,11 +37,12 @@ class StudyRow(Model):
 
 
 class Claim(Model):
-    """A claim with its verdict, and the numbers that it rests on in words."""
+    """A claim with its verdict, and the numbers that it rests on in words; `measured`: whether there are any."""
 
     claim: str
     verdict: ClaimVerdict
     because: str
+    measured: bool = True
 
 
 class SkippedRun(Model):
@@ -159,19 +163,12 @@ def points(difference: Difference, *, equal: bool = False) -> str:
     return f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def _enough(difference: Difference | None, needs: Requirements) -> bool:
-    return difference is not None and difference.enough(needs)
-
-
-def _short_of(differences: Sequence[Difference | None], needs: Requirements) -> str:
+def _short_of(differences: Sequence[Difference], needs: Requirements) -> str:
     """Which requirement is not met, in words; empty where all are."""
-    found = [one for one in differences if one is not None]
-    if len(found) < len(differences) or any(one.seeds < needs.seeds for one in found):
-        had = min((one.seeds for one in found), default=0) if len(found) == len(differences) else 0
-        return f"; {had} of {needs.seeds} seeds"
-    if any(one.questions < needs.questions for one in found):
-        return f"; {found[0].questions:,} of {needs.questions:,} questions"
-    return ""
+    seeds, questions = (min(getattr(one, name) for one in differences) for name in ("seeds", "questions"))
+    if seeds < needs.seeds:
+        return f"; {seeds} of {needs.seeds} seeds"
+    return f"; {questions:,} of {needs.questions:,} questions" if questions < needs.questions else ""
 
 
 def _better(compare: _Comparison, base: str) -> Claim:
@@ -179,9 +176,9 @@ def _better(compare: _Comparison, base: str) -> Claim:
     claim, needs = f"both directions beat {base}", compare.needs
     difference = compare.between(DEFAULT, base)
     if difference is None:
-        return Claim(claim=claim, verdict="not enough data", because=f"no seed of both{_short_of([None], needs)}")
+        return Claim(claim=claim, verdict="not enough data", because=NOTHING, measured=False)
     verdict: ClaimVerdict = "not enough data"
-    if _enough(difference, needs):
+    if difference.enough(needs):
         verdict = (
             "established" if difference.low > 0
             else "refuted" if difference.equal_high < needs.margin else verdict
@@ -197,9 +194,9 @@ def _same(compare: _Comparison, claim: str, cell: str, base: str) -> Claim:
     """Two cells are equal; refuted where they surely differ by more than the margin."""
     needs, difference = compare.needs, compare.between(cell, base)
     if difference is None:
-        return Claim(claim=claim, verdict="not enough data", because=f"no seed of both{_short_of([None], needs)}")
+        return Claim(claim=claim, verdict="not enough data", because=NOTHING, measured=False)
     verdict: ClaimVerdict = "not enough data"
-    if _enough(difference, needs):
+    if difference.enough(needs):
         apart = difference.low > needs.margin or difference.high < -needs.margin
         verdict = "established" if difference.verdict(needs) == "equal" else "refuted" if apart else "not enough data"
     numbers = f"{points(difference, equal=True)} at 90 %, margin {100 * needs.margin:g}"
@@ -220,17 +217,12 @@ def _kept(compare: _Comparison) -> Claim:
     found = [compare.teacher(name, KEPT_SHARE) for name in (DEFAULT, "labels alone")]
     with_teacher, without = found
     if with_teacher is None or without is None:
-        return Claim(claim=claim, verdict="not enough data", because=f"no runs of both{_short_of(found, needs)}")
+        return Claim(claim=claim, verdict="not enough data", because=NOTHING, measured=False)
     verdict: ClaimVerdict = "not enough data"
-    if _enough(with_teacher, needs) and _enough(without, needs):
+    if with_teacher.enough(needs) and without.enough(needs):
         if with_teacher.low > 0 and without.high < 0:
             verdict = "established"
         elif with_teacher.high < 0 or without.low > 0:
             verdict = "refuted"
     because = f"distilled {points(with_teacher)} from {KEPT_SHARE:.0%} of it, undistilled {points(without)}"
-    return Claim(claim=claim, verdict=verdict, because=because + _short_of(found, needs))
-
-
-def family_of(row: StudyRow) -> str:
-    """What a row's family asks, in words."""
-    return FAMILIES[row.family]
+    return Claim(claim=claim, verdict=verdict, because=because + _short_of([with_teacher, without], needs))

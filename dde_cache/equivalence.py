@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
+from pydantic import computed_field
 
 from dde_cache.errors import InputError
 from dde_cache.spec import Model
@@ -57,6 +58,7 @@ class Difference(Model):
     seeds: int
     questions: int
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def visible(self) -> float:
         """The smallest difference that could have been seen: half of the 95 % interval. A larger one excludes zero."""
@@ -152,8 +154,9 @@ def _draw(parts: _Parts, random: np.random.Generator, draws: int) -> Float[np.nd
         chosen = random.integers(seeds, size=(draws, seeds))
         wide = np.sqrt(seeds / random.chisquare(seeds - 1, draws))
         found += parts.seeds[chosen].mean(1) * wide
+    wider = math.sqrt(pictures / max(pictures - 1, 1))
     for start in range(0, draws, _BLOCK):
         size = min(_BLOCK, draws - start)
         chosen = random.integers(pictures, size=(size, pictures))
-        found[start : start + size] += parts.pictures[chosen].mean(1) * parts.shrink
+        found[start : start + size] += parts.pictures[chosen].mean(1) * parts.shrink * wider
     return found

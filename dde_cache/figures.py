@@ -183,6 +183,8 @@ def scatter_svg(points: Sequence[Point], title: str, across: str, up: str) -> by
     """
 
     def draw(pen: Pen) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
         for number, series in enumerate(dict.fromkeys(point.series for point in points)):
             some = sorted((point for point in points if point.series == series), key=lambda point: point.x)
             pen.axes.errorbar(
@@ -201,6 +203,10 @@ def scatter_svg(points: Sequence[Point], title: str, across: str, up: str) -> by
             place = (4, 5) if number % 2 else (4, -11)
             pen.axes.annotate(point.name, (point.x, point.y), xytext=place, textcoords="offset points", fontsize=7)
         pen.axes.set_xscale("log")
+        # Plain numbers: the usual powers of ten are formulas, which these charts do not read.
+        pen.axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        pen.axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        pen.axes.xaxis.set_minor_formatter(NullFormatter())
         pen.axes.set_title(title, loc="left", fontsize=10)
         pen.axes.set_xlabel(across)
         pen.axes.set_ylabel(up)

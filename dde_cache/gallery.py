@@ -17,7 +17,7 @@ from dde_cache.configs import read_yaml
 from dde_cache.errors import CacheError, InputError, RunError, bullet_list
 from dde_cache.initial import load_student
 from dde_cache.join import join
-from dde_cache.pages import data_element, fill_page, json_text, read_part
+from dde_cache.pages import data_element, fill_page, json_text, read_part, template
 from dde_cache.preprocess import Preprocessor
 from dde_cache.runs import CONFIG
 from dde_cache.samples import Shard, Text
@@ -328,4 +328,4 @@ def _page(about: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], blocks: 
         "title": html.escape(f"Attention in {about['cache']}"),
         "data": data_element("page-data", content, "application/json") + "".join(blocks),
     }
-    return fill_page(read_part("view.html"), parts, read_part("view.css"), read_part("view.js"))
+    return fill_page(template("view"), parts, read_part("view.css"), read_part("view.js"))

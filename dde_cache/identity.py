@@ -35,7 +35,7 @@ from dde_cache.spec import (
 )
 from dde_cache.teacher import FusionTeacher
 from dde_cache.teachers.contract import ROW_MAJOR
-from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, PIXEL_HASH, parse_recipe, recipe_name
+from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, PIXEL_HASH, parse_recipe, recipe_in_full
 
 DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -109,7 +109,7 @@ class ExtractConfig(Model):
         if not isinstance(values, dict):
             return values
         view = values.get("view") or (DEFAULT_RECIPE if values.get("views", 1) != 1 else AS_PROCESSED)
-        values = values | {"view": _recipe_in_full(view)}
+        values = values | {"view": recipe_in_full(view)}
         sparse = "k" in values or values.get("mass") is not None
         weights = values.get("weights") or ("log8" if sparse else "sqrt8")
         if weights == "sqrt8":
@@ -171,16 +171,6 @@ class ExtractConfig(Model):
         if self.weights != "sqrt8" and self.steps is not None:
             raise ValueError(f"expected steps with sqrt8 weights alone, got {self.weights} weights")
         return self
-
-
-def _recipe_in_full(view: Any) -> Any:
-    """What `spec.view` will say; pydantic turns a ValueError into one of its own problems."""
-    if not isinstance(view, str):
-        return view
-    try:
-        return recipe_name(parse_recipe(view))
-    except InputError as error:
-        raise ValueError(str(error)) from error
 
 
 def config_of(spec: TargetSpec, device: str = "cpu", batch_size: int = 64) -> ExtractConfig:
@@ -262,7 +252,9 @@ def _check_family(teacher: FusionTeacher, config: ExtractConfig) -> None:
             "a detector found. Ask it from Python, with a RegionBatch; see docs/how-to/write-a-teacher-adapter.md"
         )
     lacking = teacher.lacks(
-        padded_queries=config.queries == "all", whole="whole" in config.targets, hidden="hidden" in config.targets
+        padded_queries=config.queries == "all",
+        whole="whole" in config.targets,
+        hidden=bool({"hidden", "pooled"} & set(config.targets)),
     )
     if lacking:
         raise InputError(f"a teacher of family {family.name} does not have this:{bullet_list(lacking)}")

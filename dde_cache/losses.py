@@ -94,11 +94,6 @@ def weighted_sum(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"])
     return (rows * row_weight[:, None, :]).sum() / rows.shape[1]
 
 
-def weighted_mean(rows: Float[Tensor, "b h q"], row_weight: Float[Tensor, "b q"]) -> Float[Tensor, ""]:
-    """Mean over heads and weighted query rows of the whole batch."""
-    return weighted_sum(rows, row_weight) / row_weight.sum()
-
-
 def soft_label_sum(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
     """KL(teacher || student) over classes at temperature 1, summed over pairs (DiDE, NLVR2 and SNLI-VE)."""
     return nn.functional.kl_div(
@@ -106,19 +101,9 @@ def soft_label_sum(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"])
     )
 
 
-def soft_label_loss(student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
-    """The same as a mean over the batch."""
-    return soft_label_sum(student, teacher) / len(student)
-
-
 def label_sum(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""]:
     """Cross-entropy with the labels, summed over the labelled pairs."""
     return nn.functional.cross_entropy(student.float(), label, reduction="sum", ignore_index=-100)
-
-
-def label_loss(student: Float[Tensor, "b c"], label: Tensor) -> Float[Tensor, ""]:
-    """The same as a mean over the labelled pairs; 0 where a batch has none."""
-    return label_sum(student, label) / (label >= 0).sum().clamp_min(1)
 
 
 def answer_bce_sum(student: Float[Tensor, "b c"], target: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
@@ -131,40 +116,6 @@ def answer_bce_sum(student: Float[Tensor, "b c"], target: Float[Tensor, "b c"]) 
         target: soft scores of the annotators, or the teacher's sigmoid.
     """
     return nn.functional.binary_cross_entropy_with_logits(student.float(), target.float(), reduction="sum")
-
-
-def contrastive_sum(
-    text: Float[Tensor, "n w"],
-    image: Float[Tensor, "n w"],
-    scale: Float[Tensor, ""],
-    sample: Int[Tensor, " n"],
-    *,
-    own: slice = slice(None),
-    valid: Bool[Tensor, " n"] | None = None,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of picking the own partner among all pairs, both ways, halved (CLIP, arXiv 2103.00020); summed.
-
-    Texts of one sample share their picture: they are partners of each other's pictures, so they are left out of one
-    another's candidates, on both sides. In fp32, inside autocast too.
-
-    Args:
-        text: pooled vectors; normalised here.
-        image: those of their pictures.
-        scale: factor of the cosines.
-        sample: number of each pair's sample.
-        own: the pairs whose losses are summed; all are candidates.
-        valid: pairs that are no padding; None: all.
-    """
-    with torch.autocast(text.device.type, enabled=False):
-        text, image = (nn.functional.normalize(side.float(), dim=-1) for side in (text, image))
-        sides = [scale.float() * text[own] @ image.T, scale.float() * image[own] @ text.T]
-    self = torch.eye(len(sample), dtype=torch.bool, device=sample.device)[own]
-    hidden = (sample[own, None] == sample[None]) & ~self
-    hidden = hidden if valid is None else hidden | ~valid
-    target = self.long().argmax(-1)
-    lowest = torch.finfo(torch.float32).min
-    rows = [nn.functional.cross_entropy(one.masked_fill(hidden, lowest), target, reduction="sum") for one in sides]
-    return (rows[0] + rows[1]) / 2
 
 
 def ranking_sum(

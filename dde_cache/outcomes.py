@@ -8,12 +8,13 @@ STUDY/results/CELL.SEED.json  its figures: a run with this file is finished
 """
 
 import io
-import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -38,7 +39,7 @@ class StudyResult(Model):
     bytes_a_pair: float | None = Field(description="of the cache whose records it read; null: none")
     fingerprint: str | None = Field(description="of that cache")
     seconds: float = Field(description="of training steps")
-    wall_seconds: float = Field(description="of everything: reading, training, testing")
+    wall_seconds: float = Field(description="of training and testing, in this call")
     threads: int
     version: str
     settings: dict[str, Any] = Field(description="of its training, in full")
@@ -164,7 +165,7 @@ def _read_arrays(folder: Path, name: str, fields: Sequence[str]) -> dict[str, np
             return {field: found[field] for field in fields}
     except FileNotFoundError as error:
         raise RunError(f"{path}: missing; run `dde-cache study` without --report-only first") from error
-    except (OSError, ValueError, KeyError, EOFError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise _damaged(path, error) from error
 
 

@@ -33,7 +33,7 @@ from dde_cache.stream import PairTable
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
 from dde_cache.teacher import FusionTeacher
-from dde_cache.views import ViewRecipe, parse_recipe
+from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
 
 
 def labels_only(like: str | Cache) -> LabelsOnly:
@@ -123,6 +123,12 @@ def plan_training(
         InputError: its answers are not the task's, the task has no soft labels to give weight to, the cache has views
             of a recipe that this version does not know, or labels or pictures are not what was expected.
     """
+    if caches_of(targets) and (config.views, config.view) != (None, None):
+        cache = caches_of(targets)[0].cache
+        raise InputError(
+            f"expected views and view without a cache alone: {cache.name} has those that its teacher saw "
+            f"({cache.spec.views}, {cache.spec.view}); leave them out"
+        )
     if config.remap_flips and not caches_of(targets):
         raise InputError("expected remap_flips with targets of a cache, whose maps it mirrors; leave it out")
     if task.head == "similarity" and config.head_learning_rate_factor != 1:
@@ -148,9 +154,10 @@ def _plan(
     shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task, passes: Sequence[PassName]
 ) -> TrainingPlan:
     """What is read, from where the targets come from."""
+    drawn = parse_recipe(config.view or AS_PROCESSED), config.views or 1
     if isinstance(targets, LabelsOnly):
         labels = _answers(targets.labels, task)
-        return TrainingPlan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False)
+        return TrainingPlan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False, *drawn)
     if config.soft_weight and not task.soft:
         raise InputError(f"task {config.task} has no soft labels; train with --set soft_weight=0")
     if isinstance(targets, OnlineTargets):
@@ -158,7 +165,8 @@ def _plan(
         labels = _answers(teacher.labels, task)
         mean_heads = config.heads == "mean"
         _check_teacher(teacher, config)
-        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, PairTable.of(shards), None, mean_heads)
+        table = PairTable.of(shards)
+        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, table, None, mean_heads, *drawn)
     caches = caches_of(targets)
     lacking = [line for place in asked_parts(targets, config) for line in place.lacking(task)]
     several = isinstance(targets, SeveralTargets)
@@ -192,15 +200,13 @@ def _check_teacher(teacher: FusionTeacher, config: TrainConfig) -> None:
     lacking = teacher.lacks(
         padded_queries=bool(config.rows) and config.queries == "all",
         whole=any(name in ("t2w", "i2w") for name in config.rows),
-        hidden=config.hidden_weight > 0,
+        hidden=bool(config.states),
     )
     if any(name not in teacher.directions for name in config.rows if name in ("t2i", "i2t")):
         only = teacher.directions[0]
         lacking.append(f"it has {only} attention alone: train with --directions {only}")
     if lacking:
-        raise TeacherError(
-            f"a teacher of family {teacher.family.name} does not have all of this:{bullet_list(lacking)}"
-        )
+        raise TeacherError(f"a teacher of family {teacher.family.name} does not have this:{bullet_list(lacking)}")
 
 
 def _answers(labels: Sequence[str] | None, task: Task) -> tuple[str, ...]:

@@ -53,8 +53,14 @@ def task_settings(name: str, preset: str | None = None) -> Mapping[str, Any]:
     return {**task.settings, **({**PRESETS[preset], **task.dide} if preset else {}), "task": name}
 
 
-def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[str]:
+def lacking_of_preset(preset: str, targets: Targets, init: str | None, view: str | None = None) -> list[str]:
     """What keeps a run from following a published recipe to the letter, in words.
+
+    Args:
+        preset: the recipe.
+        targets: where the teacher's signals come from.
+        init: what the student starts from.
+        view: recipe of the views of a run without a cache.
 
     Raises:
         InputError: the recipe needs `--init`.
@@ -64,7 +70,7 @@ def lacking_of_preset(preset: str, targets: Targets, init: str | None) -> list[s
     if init is None:
         raise InputError("the dide recipe starts both towers from a ViLT checkpoint: pass --init CHECKPOINT")
     specs = [one.cache.spec for one in caches_of(targets)]
-    lacking = lacking_views(specs[0].view if specs else AS_PROCESSED)
+    lacking = lacking_views(specs[0].view if specs else view or AS_PROCESSED)
     lacking += [
         f"whole attention rows: the cache keeps {spec.kept} and the tail mass"
         for spec in specs

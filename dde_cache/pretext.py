@@ -5,13 +5,11 @@ arXiv 2107.07651; BERT, arXiv 1810.04805); how they are put together here is our
 Shapes: m pairs of this rank, n of all ranks, w width, c words.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dde_cache.contrast import Everyone, similarities
 from dde_cache.passes import UNMASKED
 from dde_cache.student import DualEncoder
 
@@ -47,60 +45,6 @@ class Pretrainer(nn.Module):
         """Logits of words from text states and the pooled pictures beside them; the decoder is the word embedding."""
         hidden = self.transform(states + self.condition(image))
         return hidden @ self.student.text_tower.text_embeddings.word_embeddings.weight.T + self.word_bias
-
-
-@dataclass(frozen=True)
-class Everyone:
-    """Pooled vectors of the pairs of all ranks, and what tells them apart; this rank's are `own`.
-
-    Attributes:
-        text, image: pooled vectors.
-        text_id, picture_id: equal where texts, or pictures, are the same.
-        valid: rows that are pairs; the others fill up a rank that has fewer.
-        own: rows of this rank.
-    """
-
-    text: Float[Tensor, "n w"]
-    image: Float[Tensor, "n w"]
-    text_id: Int[Tensor, " n"]
-    picture_id: Int[Tensor, " n"]
-    valid: Bool[Tensor, " n"]
-    own: slice
-
-    @cached_property
-    def together(self) -> tuple[Bool[Tensor, "m n"], Bool[Tensor, "m n"]]:
-        """Which pictures belong to this rank's texts, and which texts to its pictures: some pair has both."""
-        text = (self.text_id[:, None] == self.text_id) & self.valid
-        picture = (self.picture_id[:, None] == self.picture_id) & self.valid
-        # Counts of pairs that have the one and the other; exact in fp32.
-        with torch.autocast(self.text.device.type, enabled=False):
-            return text[self.own].float() @ picture.float() > 0, picture[self.own].float() @ text.float() > 0
-
-
-def contrastive_sum(everyone: Everyone, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Contrast over all pairs of the global batch, both ways, halved; summed over the pairs of this rank.
-
-    The target is soft: several texts of a picture, and several pictures of a text, are all right, each with an equal
-    share of the probability.
-
-    Args:
-        everyone: the pairs of all ranks.
-        scale: factor of the cosines, 1 / temperature.
-    """
-    total = torch.zeros((), device=everyone.text.device)
-    for logits, together in zip(similarities(everyone, scale), everyone.together, strict=True):
-        target = together / together.sum(-1, keepdim=True)
-        chances = logits.masked_fill(~everyone.valid, torch.finfo(torch.float32).min).log_softmax(-1)
-        total = total - (target * chances).sum() / 2
-    return total
-
-
-def similarities(everyone: Everyone, scale: Float[Tensor, ""]) -> tuple[Float[Tensor, "m n"], Float[Tensor, "m n"]]:
-    """Scaled cosines, in float32 whatever the precision: of this rank's texts with all pictures, and the reverse."""
-    with torch.autocast(everyone.text.device.type, enabled=False):
-        text, image = (nn.functional.normalize(side.float(), dim=-1) for side in (everyone.text, everyone.image))
-        own, factor = everyone.own, scale.float()
-        return factor * text[own] @ image.T, factor * image[own] @ text.T
 
 
 def hard_negatives(everyone: Everyone, scale: Float[Tensor, ""]) -> tuple[Int[Tensor, "2 m"], Bool[Tensor, " m"]]:

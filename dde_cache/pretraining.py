@@ -5,22 +5,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dde_cache.align import ALIKE, Axes
 from dde_cache.batches import Batch
+from dde_cache.contrast import Everyone, contrastive_sum, everyone
 from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, TrainConfig, student_output
 from dde_cache.errors import InputError
 from dde_cache.passes import RECIPES, UNMASKED, PassName, of_pass, ordered
 from dde_cache.pretext import (
     MATCHING_ROWS,
-    Everyone,
     Pretrainer,
     class_sum,
-    contrastive_sum,
     matching_logits,
     right_sum,
     word_logits,
@@ -184,19 +182,8 @@ class PretrainLosses(Objective[Shown]):
             for name in self._passes:
                 given = _Given(sides[name], student)  # type: ignore[arg-type]
                 attention[name] = self._attention.sums(given, of_pass(batch, name), _sizes_in(name, sizes))
-        everyone = self._everyone(output, batch, sizes[PAIRS])
-        return Shown(model, output, everyone, masked, batch.get("masked.guess"), attention)  # type: ignore[arg-type]
-
-    def _everyone(self, output: DualEncoderOutput, batch: Batch, most: int) -> Everyone:
-        """The pairs of all ranks."""
-        ranks, width = self._ranks, output.text.pooled.shape[1]
-        # In one message: the ranks then speak in the same order backwards, too.
-        both = ranks.gather(torch.cat([output.text.pooled, output.image.pooled], dim=-1), most)
-        ids = torch.stack([batch["text"], batch["picture"], torch.ones_like(batch["text"])], dim=-1)
-        text_id, picture_id, valid = ranks.gather(ids, most).unbind(-1)
-        first = ranks.number * most
-        own = slice(first, first + len(ids))
-        return Everyone(both[:, :width], both[:, width:], text_id, picture_id, valid > 0, own)
+        together = everyone(self._ranks, output.text.pooled, output.image.pooled, batch, sizes[PAIRS])
+        return Shown(model, output, together, masked, batch.get("masked.guess"), attention)  # type: ignore[arg-type]
 
 
 def _contrastive(one: Shown, _batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:

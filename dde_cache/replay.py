@@ -72,11 +72,11 @@ def lacking_views(view: str) -> list[str]:
     """How views differ from those of the published training, in words.
 
     Args:
-        view: of a cache's specification.
+        view: of a cache's specification, or of a run without one.
     """
     if view == AS_PROCESSED:
-        return ["random augmentation (RandAugment): the targets hold one view of each sample, as processed"]
-    lacking = ["a fresh view at every step: the cache holds a fixed number of each sample"]
+        return ["random augmentation (RandAugment): there is one view of each sample, as processed"]
+    lacking = ["a fresh view at every step: there is a fixed number of each sample"]
     if view != recipe_name(PUBLISHED):
         lacking.append(f"the published operations of RandAugment: the views are `{view}`")
     return lacking

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dde_cache.compare import Confusion, Judged, Run, settings_table, thinned
 from dde_cache.figures import bar_chart, histogram, line_chart
-from dde_cache.pages import fill_page, read_part
+from dde_cache.pages import fill_page, read_part, template
 from dde_cache.store import write_text
 
 _TIMES = ("wait", "forward", "backward", "rest")
@@ -41,7 +41,7 @@ def write_report(
     ]
     names = ", ".join(run.folder.resolve().name for run in runs)
     parts = {"title": html.escape(f"Training of {names}"), "sections": "\n".join(sections)}
-    write_text(out, fill_page(read_part("report.html"), parts, read_part("report.css")))
+    write_text(out, fill_page(template("report"), parts, read_part("report.css")))
     return out.stat().st_size
 
 

@@ -205,9 +205,9 @@ class _Place:
 
     def _make(self, run: Run, shards: Sequence[Shard]) -> None:
         """Train and test one student; keep its answers and figures, and drop its weights."""
-        begin = time.perf_counter()
         cell, folder = run.cell, self.out / "runs" / run.name
         targets = self._targets(cell, shards)
+        begin = time.perf_counter()
         settings = training(self._config.train, cell, run.seed)
         resume = _has_checkpoint(folder)
         if folder.exists() and not resume:
@@ -319,14 +319,16 @@ def _steps(done: Callable[[int], None]) -> Progress:
 
 
 def _questions(shards: Sequence[Shard]) -> Questions:
-    """Picture and kind of every question that has an answer."""
+    """Picture and kind of every question that has an answer; permutations of one NLVR example count as one picture."""
     asked = [
-        (number, text.kind or OTHER_KIND)
-        for number, sample in enumerate(sample for shard in shards for sample in shard)
+        (str(sample.meta.get("example", sample.key)), text.kind or OTHER_KIND)
+        for shard in shards
+        for sample in shard
         for text in sample.texts
         if text.label is not None
     ]
-    return Questions(np.array([number for number, _ in asked], np.int64), np.array([kind for _, kind in asked]))
+    _, picture = np.unique([name for name, _ in asked], return_inverse=True)
+    return Questions(picture, np.array([kind for _, kind in asked]))
 
 
 def _answers(subject: Subject, shards: Sequence[Shard]) -> np.ndarray:
@@ -336,4 +338,4 @@ def _answers(subject: Subject, shards: Sequence[Shard]) -> np.ndarray:
     dataset = PairDataset(shards, table, subject.preprocessor, subject.labels, encode=subject.task.targets)
     found = subject.task.predict(subject.output_of, dataset)
     known = found.label != NO_LABEL
-    return (found.logits.argmax(-1) == found.label)[known].numpy()
+    return (found.answer == found.label)[known].numpy()

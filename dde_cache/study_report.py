@@ -34,13 +34,14 @@ def markdown(report: StudyReport) -> list[str]:
     groups = list(report.teacher_groups)
     lines = [
         f"{report.questions:,} test questions about {report.pictures:,} pictures. Differences in points, paired by "
-        "seed, with the interval of 95 % (bootstrap over seeds and pictures).",
+        "seed, with the interval of 95 % (bootstrap over seeds and pictures) and the smallest that could be seen.",
         "",
-        f"| cell | seeds | accuracy | {''.join(f'{name} | ' for name in groups)}bytes a pair | difference | to | |",
-        "|---" * (7 + len(groups)) + "|",
+        f"| cell | seeds | accuracy | {''.join(f'{name} | ' for name in groups)}bytes a pair | difference | seen from "
+        "| to | |",
+        "|---" * (8 + len(groups)) + "|",
         f"| teacher | | {report.teacher:.3f} | "
         + "".join(f"{value:.3f} | " for value in report.teacher_groups.values())
-        + "| | | |",
+        + "| | | | |",
     ]
     for family in FAMILIES:
         lines += [_line(row) for row in report.rows if row.family == family]
@@ -57,10 +58,12 @@ def _line(row: StudyRow) -> str:
     spread = "" if row.deviation is None else f" ± {row.deviation:.3f}"
     groups = "".join(f"{value:.3f} | " for value in row.groups.values())
     size = "" if row.bytes_a_pair is None else f"{row.bytes_a_pair:,.0f}"
-    change, base, verdict = "", "", ""
+    change, seen, base, verdict = "", "", "", ""
     if row.difference is not None:
         change, base, verdict = points(row.difference), row.base, str(row.verdict)
-    return f"| {row.cell} | {row.seeds} | {row.accuracy:.3f}{spread} | {groups}{size} | {change} | {base} | {verdict} |"
+        seen = f"{100 * row.difference.visible:.1f}"
+    begin = f"| {row.cell} | {row.seeds} | {row.accuracy:.3f}{spread} | {groups}{size} | "
+    return begin + f"{change} | {seen} | {base} | {verdict} |"
 
 
 PLOTS = {"accuracy-bytes.svg": "keys", "accuracy-labels.svg": "labels"}

@@ -202,7 +202,10 @@ class FusionTeacher:
         family = self.family
         wishes = (
             (whole and not family.whole, "it has no attention over the whole sequence: leave whole out of --targets"),
-            (hidden and not family.hidden, "its blocks have no states of the image: leave hidden out of --targets"),
+            (
+                hidden and not family.hidden,
+                "its blocks have no states of the image: leave hidden and pooled out of --targets",
+            ),
             (
                 padded_queries and not family.padded_queries,
                 "its pictures are never padded, so it has no padded image row: use --queries valid",

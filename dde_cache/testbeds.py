@@ -18,12 +18,13 @@ from dde_cache.importers.common import Source, found_samples
 from dde_cache.importers.easy_vqa import easy_vqa_source
 from dde_cache.importers.nlvr import nlvr_source
 from dde_cache.importers.shapes import shapes_source
+from dde_cache.importers.sort_of_clevr import sort_of_clevr_source
 from dde_cache.samples import Sample, Shard
 from dde_cache.spec import Model, hash_json
 from dde_cache.teach import TeachConfig
 from dde_cache.teacher import SAMPLE_TEACHER
 
-Testbed = Literal["shapes", "shapes-grid10", "easy-vqa", "nlvr"]
+Testbed = Literal["shapes", "shapes-grid10", "sort-of-clevr", "easy-vqa", "nlvr"]
 
 TEACHER = "teacher"
 """As `init`: the study's own teacher."""
@@ -67,6 +68,15 @@ TESTBEDS: Mapping[str, Mapping[str, Any]] = {
         "teach": {**_SHORT, "steps": 1000, "batch_size": 64, "learning_rate": 4e-4, "warmup": 0.05},
         "train": {**_SHORT, "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0},
     },
+    "sort-of-clevr": {
+        "test_pictures": 300,
+        "teacher": None,
+        "teach": {
+            **{**_SHORT, "steps": 20000, "batch_size": 64, "learning_rate": 6e-4},
+            **{"hidden_size": 128, "layers": 4, "patch_size": 15, "image_size": 75, "text_length": 16},
+        },
+        "train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0},
+    },
     "easy-vqa": {
         "teacher": None,
         "teach": {
@@ -91,6 +101,7 @@ TESTBEDS: Mapping[str, Mapping[str, Any]] = {
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "shapes": {"objects": ("exists",), "relations": ("row", "neighbour")},
     "shapes-grid10": {"objects": ("exists",), "relations": ("row", "neighbour")},
+    "sort-of-clevr": {"objects": ("shape", "left", "top"), "relations": ("closest", "furthest", "count")},
 }
 """Kinds of questions that are shown apart. (`row` relates an object to the picture's frame.)"""
 
@@ -160,6 +171,8 @@ def source_of(config: StudyConfig, split: Literal["train", "test"]) -> Source:
         name = {"train": "hidden", "test": "test"}[split]
         return nlvr_source(name, Path(str(config.source)) / f"{name}.tar")
     count = config.pictures if split == "train" else config.test_pictures
+    if config.testbed == "sort-of-clevr":
+        return sort_of_clevr_source(split, count, seed=config.data_seed)
     options: dict[str, Any] = {"seed": config.data_seed, "grid": 10 if config.testbed == "shapes-grid10" else 3}
     if config.kinds is not None:
         options["kinds"] = config.kinds

@@ -113,6 +113,7 @@ def train(
         recipe=plan.recipe,
         others=others,
         tokens=ready.tokens,
+        identities=task.head == "similarity",
     )
     held_out = PairDataset(valid, PairTable.of(valid), reads, plan.labels, encode=task.targets)
     course = Course(

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -168,6 +169,20 @@ def parse_recipe(text: str) -> ViewRecipe | None:
 def recipe_name(recipe: ViewRecipe | None) -> str:
     """What `spec.view` says of a recipe."""
     return AS_PROCESSED if recipe is None else str(recipe)
+
+
+def recipe_in_full(view: Any) -> Any:
+    """What `spec.view` says of a recipe; what is no text stays as it is, for whoever checks types.
+
+    Raises:
+        ValueError: there is no such recipe (pydantic turns it into one of its own problems).
+    """
+    if not isinstance(view, str):
+        return view
+    try:
+        return recipe_name(parse_recipe(view))
+    except InputError as error:
+        raise ValueError(str(error)) from error
 
 
 def draws(seed: str) -> Iterator[float]:

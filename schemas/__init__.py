@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from dde_cache.candidates import CandidateAttributes
+from dde_cache.claims import StudyReport
 from dde_cache.demo import DemoReport
 from dde_cache.embed import EmbedReport
 from dde_cache.embeddings import EmbeddingIndex
@@ -15,6 +16,7 @@ from dde_cache.matching import ScoreAttributes, ScoreIndex, ScoreReport
 from dde_cache.merge import MergeReport
 from dde_cache.mine import MineReport
 from dde_cache.objects import Receipts
+from dde_cache.outcomes import StudyResult
 from dde_cache.plan import ExtractPlan
 from dde_cache.predict import Prediction
 from dde_cache.pretraining import PretrainConfig
@@ -30,6 +32,7 @@ from dde_cache.stored_rows import EmbeddingAttributes
 from dde_cache.subset import SubsetReport
 from dde_cache.summary import CacheSummary, PairLinks
 from dde_cache.teach import TeachConfig
+from dde_cache.testbeds import StudyConfig
 from dde_cache.train import RunRecord, TrainConfig
 from dde_cache.verify import VerifyReport
 
@@ -62,6 +65,9 @@ MODELS: dict[str, type[BaseModel]] = {
     "scores": ScoreIndex,
     "search-report": SearchReport,
     "shards": ShardsIndex,
+    "study-config": StudyConfig,
+    "study-report": StudyReport,
+    "study-result": StudyResult,
     "subset-report": SubsetReport,
     "teach-config": TeachConfig,
     "teachers": TeachersFile,

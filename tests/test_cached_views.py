@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import randomise, vilt_config
 from pipeline import LABELS, all_pairs, cli, make_cache, make_samples, make_shards, tree
+from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import ViltForImagesAndTextClassification
 
 from dde_cache import views as views_module
@@ -25,6 +27,7 @@ from dde_cache.extract import ExtractConfig, extract, plan_extraction
 from dde_cache.fit import Progress
 from dde_cache.images import EncodedImage
 from dde_cache.merge import merge
+from dde_cache.prepare import labels_only
 from dde_cache.presets import lacking_of_preset
 from dde_cache.repair import repair
 from dde_cache.replay import order_in_views
@@ -616,3 +619,41 @@ def test_the_commands(shards, teacher_folder, tmp_path, monkeypatch):
     allowed = cli(*options, "--out", tmp_path / "allowed", "--allow-pixel-drift")
     assert allowed.code == 0, allowed.err
     assert "warning: sample" in allowed.message
+
+
+# --- views without a cache
+
+
+def losses_of(shards, targets, out, **settings):
+    """Six steps: of the twelve pairs' epoch and the next, in batches of four."""
+    train(shards, targets, out, TrainConfig(**QUICK | {"steps": 6, "hard_weight": 0.5}, **settings))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [[line[name] for name in ("loss", "hard", "t2i") if name in line] for line in lines]
+
+
+def test_a_teacher_beside_sees_the_views_of_the_cache(shards, cache, teacher, tmp_path):
+    cached = losses_of(shards, CachedTargets(cache), tmp_path / "cached")
+    chosen = {"views": VIEWS, "view": RECIPE}
+    online = losses_of(shards, OnlineTargets(teacher, LAYER), tmp_path / "online", **chosen)
+    assert cached == [pytest.approx(line, rel=1e-4, abs=1e-5) for line in online]
+    plain = losses_of(shards, OnlineTargets(teacher, LAYER), tmp_path / "plain")
+    assert plain != [pytest.approx(line, rel=1e-3, abs=1e-3) for line in online]
+
+
+def test_labels_are_learnt_from_the_views_of_the_cache(shards, cache, tmp_path):
+    labels = {"attention_weight": 0.0, "soft_weight": 0.0, "hard_weight": 1.0}
+    config = TrainConfig(**QUICK, **labels, views=VIEWS, view=RECIPE)
+    train(shards, labels_only(cache), tmp_path / "labels", config)
+    train(shards, CachedTargets(cache), tmp_path / "cached", TrainConfig(**QUICK, **labels))
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("labels", "cached")]
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+
+
+def test_views_belong_to_a_cache_or_to_the_settings(shards, cache, tmp_path):
+    with pytest.raises(InputError, match=r"has those that its teacher saw \(3, randaugment-2-9 v1, colours"):
+        train(shards, CachedTargets(cache), tmp_path / "run", TrainConfig(**QUICK, views=2))
+    assert TrainConfig(views=2).view == "randaugment-2-9 v1, colours kept, sides kept"
+    assert TrainConfig(views=1).view is None
+    for wrong, message in (({"views": 2, "view": AS_PROCESSED}, "all alike"), ({"view": "blurred"}, "can replay")):
+        with pytest.raises(ValidationError, match=message):
+            TrainConfig(**wrong)

@@ -179,15 +179,30 @@ def test_regions_are_refused_by_extract(shards, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_states_are_refused_where_a_block_has_none_of_the_image(shards, tmp_path):
+    teacher = save_family("blip", tmp_path / "teacher")
+    expected = "its blocks have no states of the image: leave hidden and pooled out of --targets"
+    for name in ("hidden", "pooled"):
+        fails(
+            "extract", shards, "--teacher", teacher, "--out", tmp_path / "cache", "--targets", f"cross,{name}",
+            expected=expected,
+        )  # fmt: skip
+    for name in ("hidden_weight", "pooled_weight"):
+        fails(
+            "train", shards, "--teacher", teacher, "--out", tmp_path / "run", *QUICK, "--directions", "t2i", "--set",
+            f"{name}=1", expected=expected,
+        )  # fmt: skip
+
+
 def test_whole_rows_and_states_of_flava(shards, tmp_path):
     save_family("flava", tmp_path / "teacher")
     cache = tmp_path / "cache"
-    asked = ("--targets", "cross,whole,hidden", "--layers", "0,1")
+    asked = ("--targets", "cross,whole,hidden,pooled", "--layers", "0,1")
     works("extract", shards, "--teacher", tmp_path / "teacher", "--out", cache, "--batch-size", 4, *asked)
     works("verify", cache, "--against", shards, "--teacher", tmp_path / "teacher")
     works(
         "train", shards, "--targets", cache, "--out", tmp_path / "run", *QUICK, "--set", "attention=whole", "--set",
-        "hidden_weight=1",
+        "hidden_weight=1", "--set", "pooled_weight=1",
     )  # fmt: skip
 
 

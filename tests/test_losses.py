@@ -14,11 +14,11 @@ from dde_cache.attention import SparseAttention, block_softmax, densify, mask_ke
 from dde_cache.losses import (
     attention_kl,
     dense_kl,
-    label_loss,
+    label_sum,
     log_attention,
-    soft_label_loss,
+    soft_label_sum,
     sparse_kl,
-    weighted_mean,
+    weighted_sum,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "dide_attention_loss.npz"
@@ -53,7 +53,7 @@ def test_published_loss_and_gradients(case, loss):
         teacher = block_softmax(teacher_query, teacher_key, key_mask, scale)
         rows = loss(teacher, log_attention(*(student[side] for side in direction), key_mask), key_mask)
         # Every query row counts once, padded ones too: the published mean.
-        total = total + weighted_mean(rows, torch.ones(rows.shape[0], rows.shape[2]))
+        total = total + rows.mean()
     total.backward()
     assert total.item() == pytest.approx(case["loss"].item(), rel=1e-5, abs=1e-7)
     for side in SIDES:
@@ -258,32 +258,32 @@ def test_loss_inside_autocast_is_the_float32_loss():
     assert torch.equal(inside, outside)
 
 
-def test_weighted_mean_counts_each_row_by_its_weight():
+def test_weighted_sum_counts_each_row_by_its_weight():
     rows = torch.tensor([[[1.0, 2.0, 5.0]], [[3.0, 4.0, 7.0]]])
     weight = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 2.0]])
-    assert weighted_mean(rows, weight).item() == pytest.approx((1 + 2 + 3 + 14) / 5)
-    assert weighted_mean(rows.expand(-1, 4, -1), weight).item() == pytest.approx((1 + 2 + 3 + 14) / 5)
+    assert weighted_sum(rows, weight).item() == pytest.approx(1 + 2 + 3 + 14)
+    assert weighted_sum(rows.expand(-1, 4, -1), weight).item() == pytest.approx(1 + 2 + 3 + 14)
     repeated = torch.cat([rows, rows[..., 2:]], dim=-1)
     one_each = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0]])
-    assert weighted_mean(repeated, one_each).item() == pytest.approx(4.0)
+    assert weighted_sum(repeated, one_each).item() == pytest.approx(4.0 * 5)
 
 
-def test_soft_label_loss_is_kl_over_classes_and_batch_mean():
+def test_soft_label_sum_is_kl_over_classes():
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 3), torch.randn(5, 3) * 3
     target = teacher.softmax(-1)
-    expected = (target * (target.log() - student.log_softmax(-1))).sum() / 5
-    assert soft_label_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert soft_label_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+    expected = (target * (target.log() - student.log_softmax(-1))).sum()
+    assert soft_label_sum(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert soft_label_sum(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_label_loss_leaves_out_what_has_no_label():
+def test_label_sum_leaves_out_what_has_no_label():
     torch.manual_seed(0)
     logits = torch.randn(4, 3, requires_grad=True)
     label = torch.tensor([2, -100, 0, -100])
-    expected = cross_entropy(logits[[0, 2]], label[[0, 2]])
-    assert label_loss(logits, label).item() == pytest.approx(expected.item(), rel=1e-6)
-    nothing = label_loss(logits, torch.full((4,), -100))
+    expected = cross_entropy(logits[[0, 2]], label[[0, 2]], reduction="sum")
+    assert label_sum(logits, label).item() == pytest.approx(expected.item(), rel=1e-6)
+    nothing = label_sum(logits, torch.full((4,), -100))
     nothing.backward()
     assert nothing.item() == 0
     assert (logits.grad == 0).all()

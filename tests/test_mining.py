@@ -301,7 +301,8 @@ def test_a_batch_has_its_candidates_and_their_scores(shards, scored, run):
     student, every, found = Student.from_pretrained(run), samples(), scored.candidates
     reader = RankingReader(scored, shards, student.preprocessor, top=2)
     table = PairTable.of(shards)
-    dataset = PairDataset(shards, table, student.preprocessor, (), encode=Retrieval().targets, others=reader)
+    read = student.preprocessor, ()
+    dataset = PairDataset(shards, table, *read, encode=Retrieval().targets, others=reader, identities=True)
     order = [7, 0, 12, 3]
     batch = dataset.__getitems__(order)
     assert batch["ranking.picture"].shape == batch["ranking.text"].shape == (4, 2)

@@ -19,6 +19,7 @@ from transformers import ViltForImagesAndTextClassification
 
 from dde_cache.batches import PairDataset
 from dde_cache.configs import resolve_config
+from dde_cache.contrast import Everyone, contrastive_sum
 from dde_cache.distill import StudentLosses, TrainConfig
 from dde_cache.errors import CacheError, InputError, RunError
 from dde_cache.fit import Progress
@@ -27,9 +28,7 @@ from dde_cache.initial import announced, build_student
 from dde_cache.passes import UNMASKED, of_pass
 from dde_cache.prepare import labels_only
 from dde_cache.pretext import (
-    Everyone,
     Pretrainer,
-    contrastive_sum,
     gumbel,
     hard_negatives,
     matching_logits,

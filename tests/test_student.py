@@ -7,7 +7,7 @@ from transformers import ViltForMaskedLM, ViltModel
 
 from dde_cache.attention import mask_keys, sparsify
 from dde_cache.errors import TeacherError
-from dde_cache.losses import log_attention, sparse_kl, weighted_mean
+from dde_cache.losses import log_attention, sparse_kl, weighted_sum
 from dde_cache.student import DualEncoder, new_student, student_from_vilt
 
 LABELS = ("no", "yes")
@@ -277,7 +277,7 @@ def test_the_attention_loss_trains_query_and_key_and_all_below(teacher, batch, p
     target = torch.rand(len(pictures), 3, batch["input_ids"].shape[1], mask.shape[1], generator=generator)
     sparse = sparsify(mask_keys(target, mask).softmax(-1), 4)
     rows = sparse_kl(sparse, log_attention(output.text.query_key.query, output.image.query_key.key, mask), mask)
-    weighted_mean(rows, output.text.mask.float()).backward()
+    weighted_sum(rows, output.text.mask.float()).backward()
     last = "encoder.layer.2."
     reached = {
         name

@@ -1,17 +1,14 @@
 """What each task makes of labels, and its metric, against examples worked by hand and plain NumPy."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from conftest import vilt_config
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline import make_samples, make_shards
+from pipeline import make_samples, make_shards, whole_batch
 
 from dde_cache.errors import InputError
-from dde_cache.losses import contrastive_sum
 from dde_cache.samples import Sample, Text
 from dde_cache.scores import Baselines, Predictions
 from dde_cache.student import DualEncoder, DualEncoderOutput, Head, new_student
@@ -260,26 +257,39 @@ def test_a_model_that_sees_no_difference_gets_nothing():
     assert (text_ranks(vectors) == 18).all()
 
 
-def test_contrastive_loss_leaves_out_the_captions_of_the_same_picture():
-    generator = np.random.default_rng(1)
-    text, image = generator.normal(size=(2, 4, 5))
-    sample = np.array([3, 0, 3, 8])
-    image[2] = image[0]
-    cosine = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in image] for a in text]) * 2.5
-    losses = []
-    for table in (cosine, cosine.T):
-        for row in range(4):
-            kept = [other for other in range(4) if other == row or sample[other] != sample[row]]
-            losses.append(math.log(sum(math.exp(table[row, other]) for other in kept)) - table[row, row])
-    tensors = [torch.from_numpy(one) for one in (text, image)]
-    total = contrastive_sum(*tensors, torch.tensor(2.5), torch.from_numpy(sample))
-    assert float(total) == pytest.approx(sum(losses) / 2, rel=1e-5)
-    alone = contrastive_sum(*(one[:1] for one in tensors), torch.tensor(2.5), torch.from_numpy(sample[:1]))
-    assert float(alone) == pytest.approx(0, abs=1e-6)
+def contrasted(text, image, batch, scale=2.5):
+    """The loss of one rank, from pooled vectors and what tells contents apart."""
+    sides = (TowerOutput(pooled, torch.ones(len(pooled), 2, dtype=torch.bool), None) for pooled in (text, image))
+    output = DualEncoderOutput(**dict(zip(("text", "image"), sides, strict=True)), scale=torch.tensor(scale))
+    return float(load_task("retrieval").hard_sum(output, batch))
+
+
+def test_what_belongs_together_is_told_by_content(tmp_path, teacher):
+    """Twice the same picture in two samples, and twice the same words: as if they were of one sample."""
+    pictures = [make_samples(3, seed=4)[number].images for number in (0, 1, 2)]
+    said = ("a red circle", "blue ?", "is there a red square ?", "A red  circle")
+    samples = [
+        Sample(f"s{number}", pictures[picture], (Text(text=text),))
+        for number, (picture, text) in enumerate(zip((0, 0, 1, 2), said, strict=True))
+    ]
+    shards = make_shards(tmp_path / "apart", samples)
+    batch = whole_batch(shards, teacher.preprocessor, (), identities=True)
+    generator = torch.Generator().manual_seed(1)
+    text, image = torch.randn(2, 4, 5, generator=generator)
+    text[3], image[1] = text[0], image[0]
+    cosine = 2.5 * torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(image, dim=-1).T
+    together = np.array([[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]])
+    expected = 0.0
+    for logits, right in ((cosine, together), (cosine.T, together.T)):
+        chances = logits.log_softmax(-1).numpy()
+        expected -= sum(chances[row][right[row] > 0].mean() for row in range(4)) / 2
+    assert contrasted(text, image, batch) == pytest.approx(expected, rel=1e-5)
+    one = {name: value[:1] for name, value in batch.items()}
+    assert contrasted(text[:1], image[:1], one) == pytest.approx(0, abs=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        lower = contrastive_sum(*(one.bfloat16() for one in tensors), torch.tensor(2.5), torch.from_numpy(sample))
-    exact = contrastive_sum(*(one.bfloat16().float() for one in tensors), torch.tensor(2.5), torch.from_numpy(sample))
-    assert float(lower) == float(exact), "cosines are in fp32, whatever the precision"
+        lower = contrasted(text.bfloat16(), image.bfloat16(), batch)
+    exact = contrasted(text.bfloat16().float(), image.bfloat16().float(), batch)
+    assert lower == exact, "cosines are in fp32, whatever the precision"
 
 
 def test_retrieval_trains_its_temperature_and_keeps_it(tmp_path):
@@ -294,5 +304,5 @@ def test_retrieval_trains_its_temperature_and_keeps_it(tmp_path):
     assert again.config.task == "retrieval"
     side = TowerOutput(torch.randn(3, 24), torch.ones(3, 2, dtype=torch.bool), None)
     output = DualEncoderOutput(text=side, image=side, scale=student.logit_scale.exp())
-    load_task("retrieval").hard_sum(output, {"sample": torch.arange(3)}).backward()
+    load_task("retrieval").hard_sum(output, {"text": torch.arange(3), "picture": torch.arange(3)}).backward()
     assert student.logit_scale.grad.abs() > 0

@@ -18,6 +18,7 @@ from transformers import (
 from dde_cache.errors import InputError, TeacherError
 from dde_cache.identity import ExtractConfig, target_spec
 from dde_cache.preprocess import PixelBatch, RegionBatch
+from dde_cache.scoring import check_matching, matching_scores
 from dde_cache.spec import TargetSpec
 from dde_cache.teacher import FusionTeacher
 from dde_cache.teachers import ARCHITECTURES, FAMILIES
@@ -292,7 +293,7 @@ def test_whole_rows_hold_the_maps(teacher):
 def test_hidden_states_are_those_of_the_stock_blocks(teacher):
     tokens, batch = texts_for(teacher), pictures_for(teacher)
     if not teacher.family.hidden:
-        with pytest.raises(TeacherError, match="no states of the image: leave hidden out of --targets"):
+        with pytest.raises(TeacherError, match="no states of the image: leave hidden and pooled out"):
             teacher(tokens, [batch], [0], hidden=True)
         return
     held = teacher(tokens, [batch], [0, 1], hidden=True).hidden
@@ -362,7 +363,8 @@ def test_a_target_specification_says_what_the_family_has(of_pictures):
     ("options", "has", "message"),
     [
         ({"targets": ("cross", "whole")}, "whole", "leave whole out of --targets"),
-        ({"targets": ("cross", "hidden")}, "hidden", "leave hidden out of --targets"),
+        ({"targets": ("cross", "hidden")}, "hidden", "leave hidden and pooled out of --targets"),
+        ({"targets": ("cross", "pooled")}, "hidden", "leave hidden and pooled out of --targets"),
         ({"queries": "all"}, "padded_queries", "use --queries valid"),
     ],
 )
@@ -474,6 +476,17 @@ def test_matching_scores_of_lxmert_are_the_stock_ones(tmp_path):
         stock = teacher.model(tokens.ids, batch.features, batch.boxes, attention_mask=tokens.mask)
     ours = teacher(tokens, [batch], [0]).logits
     torch.testing.assert_close(ours, stock.cross_relationship_score, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bridgetower", "blip", "flava"])
+def test_a_matching_head_scores_candidates(load, name):
+    """Mining asks how much more a pair matches than not."""
+    teacher = load(name)
+    tokens, batch = texts_for(teacher), pictures_for(teacher)
+    check_matching(teacher, name)
+    _maps, logits = stock_of(teacher, tokens, batch)
+    scores = matching_scores(teacher, tokens, batch)
+    torch.testing.assert_close(scores, logits[:, 1] - logits[:, 0], atol=1e-5, rtol=1e-5)
 
 
 # --- nothing that nobody asked for

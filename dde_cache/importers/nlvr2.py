@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dde_cache.importers.common import Problem, Source
-from dde_cache.importers.official import Groups, check_split, digests, open_pictures, read_lines
+from dde_cache.importers.common import Source
+from dde_cache.importers.official import Groups, check_split, digests, examples, open_pictures
 
 
 def nlvr2_source(split: str | None, path: Path, images: Path) -> Source:
@@ -22,16 +22,11 @@ def nlvr2_source(split: str | None, path: Path, images: Path) -> Source:
     split = split or path.stem
     check_split(split)
     groups = Groups(lambda pair: f"nlvr2-{pair}")
-    for number, (where, example) in enumerate(read_lines(path, "--from")):
-        if isinstance(example, Problem):
-            groups.fail(f"{split}-line-{number}", where, example.detail, example.kind)
-            continue
+    for name, where, example in examples(groups, path, f"{split}-"):
         identifier = example.get("identifier")
         parts = identifier.split("-") if isinstance(identifier, str) else []
         if len(parts) != 4 or not all(parts):
-            groups.fail(
-                f"{split}-line-{number}", where, f"expected an identifier split-set-pair-sentence, got {identifier!r}"
-            )
+            groups.fail(name, where, f"expected an identifier split-set-pair-sentence, got {identifier!r}")
             continue
         groups.add("-".join(parts[:3]), where, lambda example=example: _fields(example))  # type: ignore[misc]
     found = groups.found(lambda pair: [f"{pair}-img0.png", f"{pair}-img1.png"], open_pictures(images))

@@ -122,6 +122,22 @@ def read_lines(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any] | 
             yield where, Problem("malformed line", where, f"expected an object, got {line[:60]!r}")
 
 
+def examples(groups: "Groups", path: Path, prefix: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The objects of a published file of JSON lines (`--from`), each with a name for its problems and where it stands.
+
+    A line that is no object is a problem of `groups`.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    for number, (where, example) in enumerate(read_lines(path, "--from")):
+        name = f"{prefix}line-{number}"
+        if isinstance(example, Problem):
+            groups.fail(name, where, example.detail, example.kind)
+        else:
+            yield name, where, example
+
+
 def digests(**paths: Path) -> dict[str, str]:
     """File names and SHA-256 of what an import follows from, by option."""
     found: dict[str, str] = {}

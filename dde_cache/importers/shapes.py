@@ -103,7 +103,7 @@ def _generate(
         yield Sample(f"shapes-{split}-{number:07d}", (image,), asked, {"scene": rows})
 
 
-def split_of(scene: Scene) -> str:
+def split_of(scene: Sequence[int]) -> str:
     """Return the one split that a scene belongs to: 80 % train, 10 % valid, 10 % test."""
     bucket = int.from_bytes(hashlib.sha256(bytes(scene)).digest()[:8]) % 10
     return "valid" if bucket == 8 else "test" if bucket == 9 else "train"
@@ -289,7 +289,7 @@ def draw(scene: Scene, grid: int, cell: int) -> bytes:
     """Draw a scene as a palette PNG of (grid * cell) x (grid * cell) pixels, with smooth edges."""
     stamps = _stamps(cell)
     pixels = np.block([[stamps[thing] for thing in row] for row in _rows(scene, grid)])
-    return _png(pixels)
+    return palette_png(pixels, _PALETTE)
 
 
 @cache
@@ -311,8 +311,8 @@ def _stamps(cell: int) -> tuple[np.ndarray, ...]:
     return (np.zeros((cell, cell), np.uint8), *drawn)
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    """Encode palette indices as PNG with stored (uncompressed) blocks: zlib's output differs between its versions."""
+def palette_png(pixels: np.ndarray, palette: bytes) -> bytes:
+    """Encode palette indices [height, width] as PNG, uncompressed: zlib's output differs between its versions."""
     height, width = pixels.shape
     raw = np.pad(pixels, ((0, 0), (1, 0))).tobytes()
     blocks = [raw[start : start + 65535] for start in range(0, len(raw), 65535)]
@@ -322,7 +322,7 @@ def _png(pixels: np.ndarray) -> bytes:
     stream += struct.pack(">I", zlib.adler32(raw))
     parts = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", _PALETTE),
+        (b"PLTE", palette),
         (b"IDAT", stream),
         (b"IEND", b""),
     ]

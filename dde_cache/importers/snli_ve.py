@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dde_cache.importers.common import Problem, Source
-from dde_cache.importers.official import Groups, check_split, digests, open_pictures, read_lines
+from dde_cache.importers.common import Source
+from dde_cache.importers.official import Groups, check_split, digests, examples, open_pictures
 from dde_cache.tasks.entailment import ANSWERS
 
 
@@ -22,13 +22,10 @@ def snli_ve_source(split: str | None, path: Path, images: Path) -> Source:
     split = split or path.stem
     check_split(split)
     groups = Groups(lambda image: f"snli-ve-{split}-{image}")
-    for number, (where, example) in enumerate(read_lines(path, "--from")):
-        if isinstance(example, Problem):
-            groups.fail(f"line-{number}", where, example.detail, example.kind)
-            continue
+    for name, where, example in examples(groups, path):
         image = str(example.get("Flickr30K_ID", ""))
         if not image.isdigit():
-            groups.fail(f"line-{number}", where, f"expected a Flickr30K_ID, got {image!r}")
+            groups.fail(name, where, f"expected a Flickr30K_ID, got {image!r}")
             continue
         label = example.get("gold_label")
         if label not in ANSWERS:

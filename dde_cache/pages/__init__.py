@@ -18,6 +18,11 @@ def read_part(name: str) -> str:
     return files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
+def template(name: str) -> str:
+    """The template of a page: the head that all share, and a body of its own."""
+    return read_part("head.html") + read_part(f"{name}.html")
+
+
 def json_text(value: Any) -> str:
     """JSON for a script element: with `<`, `>` and `&` as escapes, so that nothing in it ends the element.
 

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dde_cache.batches import Batch, PairDataset, batch_loader, class_numbers
+from dde_cache.contrast import contrastive_sum, everyone
 from dde_cache.errors import InputError
-from dde_cache.losses import contrastive_sum
 from dde_cache.ranks import Ranks
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import OTHER_KIND, Baselines, EvaluationReport, Score, texts_of
@@ -50,7 +50,7 @@ class Retrieval(Task):
     dide: ClassVar[Mapping[str, Any]] = settings
 
     def targets(self, texts: Sequence[Text], classes: Mapping[str, int]) -> Batch:
-        """`label` [b], which nothing reads: what belongs together is in `sample`."""
+        """`label` [b], which nothing reads: what belongs together is in `text` and `picture`."""
         return class_numbers(texts, classes)
 
     def soft_sum(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
@@ -63,7 +63,7 @@ class Retrieval(Task):
 
     def hard_rows(self, batch: Batch) -> float:
         """Pairs."""
-        return len(batch["sample"])
+        return len(batch["pair"])
 
     def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
         """Contrast the texts and pictures of the batch with those of all ranks.
@@ -72,13 +72,7 @@ class Retrieval(Task):
         """
         ranks, text, image = Ranks(), output.text.pooled, output.image.pooled
         most = int(ranks.largest({"pairs": len(text)})["pairs"])
-        # In one message: the ranks then speak in the same order backwards, too.
-        text, image = ranks.gather(torch.cat([text, image], dim=-1), most).split(text.shape[1], dim=-1)
-        told = torch.stack([batch["sample"], torch.ones_like(batch["sample"])], dim=-1)
-        sample, valid = ranks.gather(told, most).unbind(-1)
-        first = ranks.number * most
-        own = slice(first, first + len(told))
-        return contrastive_sum(text, image, output.scale, sample, own=own, valid=valid > 0)
+        return contrastive_sum(everyone(ranks, text, image, batch, most), output.scale)
 
     def predict(
         self,

@@ -1,0 +1,324 @@
+"""A study: cells and their order, its folder through kill -9 and budgets, and verdicts where the truth is known."""
+
+import json
+import xml.etree.ElementTree as xml
+
+import numpy as np
+import pytest
+from pipeline import Child, cli, killed_in, tree
+
+from dde_cache.cells import CELLS, DEFAULT, FAMILIES, chosen, ordered
+from dde_cache.claims import SkippedRun, study_report
+from dde_cache.equivalence import Requirements
+from dde_cache.errors import InputError, RunError
+from dde_cache.outcomes import Outcomes, Questions, StudyResult, read_outcomes
+from dde_cache.samples import open_shards
+from dde_cache.study import extraction, read_study, run_study, training
+from dde_cache.study_report import markdown, sum_up, write_plots
+from dde_cache.testbeds import StudyConfig, part_source, study_config
+
+TINY = ("pictures=20", "test_pictures=8", "train.steps=3", "train.batch_size=8", "train.save_every=1")
+"""Two cells with two seeds, three steps each."""
+
+
+def study(out, *more, settings=TINY, families="online", seeds=2):
+    given = [part for one in settings for part in ("--set", one)]
+    return ["study", "--out", out, "--families", families, "--seeds", seeds, *given, *more]
+
+
+def done(*command):
+    outcome = cli(*command)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def answers(out):
+    return {name: content for name, content in tree(out / "results").items() if name.endswith(".npz")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "study"
+    done(*study(out))
+    return out
+
+
+def test_a_study_keeps_a_table_and_every_answer(whole):
+    report = json.loads((whole / "report.json").read_text())
+    assert [(row["cell"], row["seeds"]) for row in report["rows"]] == [(DEFAULT, 2), ("online teacher", 2)]
+    assert report["questions"] == 48
+    outcomes = read_outcomes(whole, [run.name for run in ordered(chosen(["online"]), 2)])
+    for cell, runs in outcomes.results.items():
+        for seed, result in runs.items():
+            assert result.accuracy == pytest.approx(outcomes.correct[cell][seed].mean())
+            assert result.settings["seed"] == seed
+    assert outcomes.results[DEFAULT][0].bytes_a_pair > 0
+    assert outcomes.results["online teacher"][0].bytes_a_pair is None
+    assert not list((whole / "runs").glob("*/checkpoints")), "weights are dropped"
+    assert "| online teacher | 2 |" in (whole / "report.md").read_text()
+
+
+def test_a_study_is_summed_up_again_without_training(whole):
+    before = tree(whole)
+    printed = done("study", "--out", whole, "--families", "online", "--seeds", 2, "--report-only", "--json").out
+    assert json.loads(printed) == json.loads(before["report.json"])
+    assert tree(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "count", "name"),
+    [
+        ("replace", 1, "results/default.1.npz"),
+        ("replace", 1, "results/default.1.json"),
+        ("replace", 2, "checkpoints/00000002"),
+        ("replace", 1, "shards/train"),
+        ("link", 1, ".zarr.zip"),
+    ],
+)
+def test_killed_and_continued_to_the_same_table(whole, tmp_path, function, count, name):
+    """Before answers or figures of a run are there, in the middle of a run, of the import, and of the extraction."""
+    out = tmp_path / "study"
+    child = Child(*study(out), folder=tmp_path, before=killed_in(function, count, name))
+    assert child.wait() == -9, child.printed
+    assert not (out / "report.md").exists()
+    done(*study(out))
+    assert (out / "report.md").read_text() == (whole / "report.md").read_text()
+    assert answers(out) == answers(whole)
+
+
+def test_what_does_not_fit_the_budget_is_skipped_and_named(tmp_path):
+    out = tmp_path / "study"
+    first = done(*study(out, "--budget", 0.0))
+    assert "Skipped 4 runs: default (budget): seeds 0, 1; online teacher (budget): seeds 0, 1." in " ".join(
+        first.out.split()
+    )
+    assert not list((out / "results").glob("*.json")), "nothing was trained"
+    done(*study(out, "--budget", 60, seeds=1))
+    path = out / "results/default.0.json"
+    slow = json.loads(path.read_text()) | {"wall_seconds": 4000.0}
+    path.write_text(json.dumps(slow))
+    report = json.loads(done(*study(out, "--budget", 60, "--json")).out)
+    assert [(one["cell"], one["seed"]) for one in report["skipped"]] == [(DEFAULT, 1)], "the other cell is fast"
+    assert [row["seeds"] for row in report["rows"]] == [1, 2]
+
+
+def test_another_call_may_work_on_the_same_study(tmp_path, whole):
+    """What the one has, the other skips; both together make every run once."""
+    out = tmp_path / "study"
+    children = [Child(*study(out), folder=tmp_path) for _ in range(2)]
+    assert [child.wait(120) for child in children] == [0, 0], [child.printed for child in children]
+    assert answers(out) == answers(whole)
+
+
+def test_a_study_has_one_set_of_settings(whole, tmp_path):
+    refused = cli(*study(whole, settings=("pictures=21", *TINY[1:])))
+    assert refused.code == 1
+    assert "pictures: begun with 20, now 21" in refused.message
+    (tmp_path / "mine").write_text("")
+    assert "new or empty folder, or a study" in cli(*study(tmp_path)).message
+    assert "without settings" in cli(*study(whole, "--report-only")).message
+    missing = cli("study", "--out", tmp_path / "none", "--report-only")
+    assert missing.code == 1
+    assert "expected the settings of a study" in missing.message
+    assert read_study(whole).train.steps == 3
+
+
+def test_damaged_answers_are_named(whole, tmp_path):
+    for name, content in tree(whole).items():
+        if name.startswith(("results", "study.yaml")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    for content in (b"nothing", (tmp_path / "results/teacher.npz").read_bytes()[:-30]):
+        (tmp_path / "results/default.1.npz").write_bytes(content)
+        with pytest.raises(RunError, match=r"default\.1\.npz: expected what a study keeps"):
+            read_outcomes(tmp_path, ["default.1"])
+    (tmp_path / "results/default.1.npz").unlink()
+    with pytest.raises(RunError, match=r"default\.1\.npz: missing"):
+        read_outcomes(tmp_path, ["default.1"])
+
+
+SORTS = (
+    *(DEFAULT, "labels alone", "soft labels", "online teacher", "lossless", "whole attention", "hidden states"),
+    *("mass 0.9", "top-4, even tail", "1% labels", "1% labels + cache", "few, 4 views"),
+)
+"""One cell of each sort."""
+
+
+def test_every_sort_of_cell_runs(tmp_path):
+    out, config = tmp_path / "study", study_config(None, [*TINY[:2], "train.steps=1", "train.batch_size=4"])
+    cells = [cell for cell in CELLS if cell.name in SORTS]
+    runs = ordered(cells, 1)
+    assert run_study(out, config, runs, lambda name, total: lambda done: None) == ()
+    report = sum_up(out, config, cells, runs)
+    assert {row.cell for row in report.rows} == set(SORTS)
+    sizes = {row.cell: row.bytes_a_pair for row in report.rows}
+    assert sizes["lossless"] > sizes[DEFAULT] > 0
+    assert [sizes[cell] for cell in ("labels alone", "soft labels", "online teacher")] == [None] * 3
+
+
+def test_a_cell_with_less_than_a_batch_is_skipped(tmp_path):
+    settings = (*TINY[:2], "train.steps=1", "train.batch_size=8")
+    printed = done(*study(tmp_path / "study", settings=settings, families="labels", seeds=1)).out
+    assert "1% labels (fewer pairs than a batch): seed 0" in " ".join(printed.split())
+
+
+def test_cells_are_one_change_away_and_come_after_their_base():
+    names = [cell.name for cell in CELLS]
+    assert len(set(names)) == len(names)
+    for number, cell in enumerate(CELLS):
+        assert cell.base in names[: number + 1]
+        assert cell.importance >= next(one for one in CELLS if one.name == cell.base).importance
+        assert cell.family in FAMILIES
+    files = [run.name for run in ordered(CELLS, 2)]
+    assert len(set(files)) == len(files)
+    assert all(name.replace("-", "").replace(".", "").isalnum() for name in files)
+
+
+def test_what_claims_need_comes_first_and_seeds_go_together():
+    runs = ordered(chosen(), 3)
+    places = [(run.cell.importance, run.seed) for run in runs]
+    assert places == sorted(places)
+    assert {run.name for run in runs} == {f"{name}" for cell in CELLS for name in [r.name for r in ordered([cell], 3)]}
+    assert {cell.name for cell in chosen(["labels"])} >= {DEFAULT, "labels alone", "1% labels"}
+    for wrong in (["key"], []):
+        with pytest.raises(InputError, match="expected families of"):
+            chosen(wrong)
+
+
+def test_settings_of_a_cell_change_what_it_names_and_nothing_else():
+    config = StudyConfig()
+    for cell in CELLS:
+        before, after = config.train.model_dump(), training(config.train, cell, 7).model_dump()
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed <= {*cell.train, "seed"}
+    by_name = {cell.name: extraction(config.extract, cell) for cell in CELLS}
+    assert (by_name["top-4"].weights, by_name["top-4"].k) == ("log8", 4)
+    assert (by_name["lossless"].weights, by_name["lossless"].k) == ("float32", None)
+    assert (by_name["mass 0.9"].mass, by_name["mass 0.9"].k) == (0.9, 32)
+    assert by_name[DEFAULT] == config.extract
+
+
+def test_settings_come_from_the_testbed_the_file_and_assignments(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("pictures: 7\ntrain: {steps: 5, batch_size: 3}\n")
+    config = study_config(file, ["train.steps=9", "needs.seeds=2"])
+    assert (config.pictures, config.train.steps, config.train.batch_size, config.needs.seeds) == (7, 9, 3, 2)
+    assert config.train.learning_rate == study_config().train.learning_rate
+    with pytest.raises(InputError, match="expected a testbed of"):
+        study_config(testbed="circles")
+    with pytest.raises(InputError, match=r"(?s)train.steps.*train.colour"):
+        study_config(None, ["train.steps=0", "train.colour=red"])
+    with pytest.raises(InputError, match="needs source"):
+        study_config(testbed="nlvr")
+    with pytest.raises(InputError, match="either a teacher"):
+        study_config(None, ["teacher=null"])
+    with pytest.raises(InputError, match="name=value"):
+        study_config(None, ["steps"])
+
+
+def test_parts_of_the_pictures_are_nested_and_labels_are_taken_from_the_others(whole):
+    shards = open_shards(whole / "shards/train")
+    known = {}
+    for share in (0.1, 0.5):
+        found = list(part_source(shards, None, share, bare=True).found)
+        assert [one.key for one in found] == [key for shard in shards for key in shard.keys]
+        known[share] = {one.key for one in found if one.texts[0].label is not None}
+        assert all(text.label is None for one in found if one.key not in known[share] for text in one.texts)
+        alone = part_source(shards, None, share, bare=False).found
+        assert {one.key for one in alone} == known[share]
+    assert known[0.1] < known[0.5]
+    assert [len(known[share]) for share in known] == [2, 10]
+    assert len(list(part_source(shards, 0.3, None, bare=True).found)) == 6
+
+
+QUESTIONS, PICTURES = 6000, 1000
+
+
+def outcomes_of(accuracy, teacher=0.99, noise=0.002, seeds=5):
+    """Answers of cells that are right with known chances, independent but for the picture."""
+    random = np.random.default_rng(0)
+    luck = random.random(QUESTIONS)
+    found = {}
+    for cell, chance in accuracy.items():
+        # Nearly the same questions are hard for all: a few flip by chance.
+        rows = [((luck < chance) ^ (random.random(QUESTIONS) < noise)).astype(bool) for _ in range(seeds)]
+        found[cell] = dict(enumerate(rows))
+    results = {
+        cell: {
+            seed: StudyResult(
+                cell=cell, seed=seed, accuracy=float(row.mean()), kinds={}, bytes_a_pair=None, fingerprint=None,
+                seconds=1.0, wall_seconds=1.0, threads=1, version="0", settings={},
+            )
+            for seed, row in rows.items()
+        }
+        for cell, rows in found.items()
+    }  # fmt: skip
+    picture = np.repeat(np.arange(PICTURES), QUESTIONS // PICTURES)
+    kind = np.array(["exists", "row"] * (QUESTIONS // 2))
+    return Outcomes(Questions(picture, kind), luck < teacher, results, found)
+
+
+def verdicts(outcomes, needs=None):
+    report = study_report("shapes", CELLS, outcomes, needs or Requirements(), {"objects": ("exists",)})
+    return report, {claim.claim.split(",")[0]: claim.verdict for claim in report.claims}
+
+
+GOOD = {DEFAULT: 0.989, "labels alone": 0.7, "soft labels": 0.8, "t2i alone": 0.95, "i2t alone": 0.9,
+        "online teacher": 0.989, "lossless": 0.989, "top-8": 0.989}  # fmt: skip
+
+
+def test_claims_that_are_true_are_established():
+    report, found = verdicts(outcomes_of(GOOD))
+    assert set(found.values()) == {"established"}, report.claims
+    assert report.proves_nothing is False
+    assert report.rows[0].groups.keys() == {"objects"}
+
+
+def test_claims_that_are_false_are_refuted():
+    false = GOOD | {"t2i alone": 0.99, "i2t alone": 0.9895, "online teacher": 0.95, "top-8": 0.9, DEFAULT: 0.97}
+    _, found = verdicts(outcomes_of(false))
+    assert found["both directions beat t2i alone"] == "refuted"
+    assert found["both directions beat labels alone"] == "established"
+    assert found["cached equals online"] == "refuted"
+    assert found["top-8 equals dense"] == "refuted"
+    assert found["distilled keeps 99% of the teacher"] == "refuted"
+
+
+def test_a_set_on_which_a_plain_student_is_as_good_proves_nothing():
+    report, _ = verdicts(outcomes_of(GOOD | {"labels alone": 0.989}))
+    assert report.proves_nothing is True
+    assert any("proves nothing" in line for line in markdown(report))
+
+
+@pytest.mark.parametrize(("seeds", "needs"), [(4, {}), (5, {"questions": 6001}), (5, {"seeds": 6})])
+def test_less_than_what_was_fixed_beforehand_is_no_verdict(seeds, needs):
+    report, found = verdicts(outcomes_of(GOOD, seeds=seeds), Requirements(**needs))
+    assert set(found.values()) == {"not enough data"}
+    assert report.proves_nothing is None
+    assert all(f"of {6001 if 'questions' in needs else 0:,}"[:4] in one.because or "seeds" in one.because
+               for one in report.claims)  # fmt: skip
+
+
+def test_differences_within_chance_are_no_verdict_either():
+    close = GOOD | {"t2i alone": 0.985, "online teacher": 0.982}
+    _, found = verdicts(outcomes_of(close, noise=0.15))
+    assert found["both directions beat t2i alone"] == "not enough data"
+    assert found["cached equals online"] == "not enough data"
+
+
+def test_cells_without_runs_are_no_reason_to_stop():
+    report, found = verdicts(outcomes_of({DEFAULT: 0.9}))
+    assert set(found.values()) == {"not enough data"}
+    assert [row.cell for row in report.rows] == [DEFAULT]
+
+
+def test_plots_are_svg_with_every_cell(tmp_path):
+    pytest.importorskip("matplotlib")
+    outcomes = outcomes_of({name: 0.9 for name in (DEFAULT, "lossless", "top-8", "labels alone", "10% labels")})
+    report = study_report("shapes", CELLS, outcomes, Requirements(), {}, [SkippedRun(cell="a", seed=1, why="budget")])
+    rows = [row.model_copy(update={"bytes_a_pair": 100.0 + number}) for number, row in enumerate(report.rows)]
+    names = write_plots(tmp_path, report.model_copy(update={"rows": tuple(rows)}))
+    assert names == ("accuracy-bytes.svg", "accuracy-labels.svg")
+    texts = [xml.parse(tmp_path / name).getroot().itertext() for name in names]
+    assert {"sqrt8", "lossless", "top-8"} <= set(map(str.strip, texts[0]))
+    assert write_plots(tmp_path, report) == ("accuracy-labels.svg",)
