@@ -55,6 +55,16 @@ def train(
     init: str | None = typer.Option(
         None, help="ViLT checkpoint that both towers start from, or a run (of pre-training); without it, random."
     ),
+    text_tower: str | None = typer.Option(
+        None, help="Text encoder of Hugging Face (folder or hub id), with its weights. Default: a twin of ViLT's shape."
+    ),
+    image_tower: str | None = typer.Option(None, help="Image encoder of Hugging Face, likewise."),
+    grids: str | None = typer.Option(
+        None, help="Where the image tower has another patch grid than the teacher: resample (default) or refuse."
+    ),
+    missing_tokens: str | None = typer.Option(
+        None, help="The teacher's tokens that a tower lacks, as a CLS: refuse (default), or drop from rows and keys."
+    ),
     candidates: Path | None = typer.Option(
         None, help="Scores of mined candidates (`extract --candidates`), whose ranking is learned."
     ),
@@ -148,6 +158,7 @@ def train(
             step,
             lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
             lambda steps: bar.update(task, total=steps, description="train"),
+            lambda line: errors.print(escape(line), highlight=False),
         )
         about = {"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset}
         common: dict[str, Any] = {"valid": held_out, "resume": resume, "about": about, "progress": watch}

@@ -21,6 +21,7 @@ from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
 from dde_cache.samples import Sample, Shard, Text
 from dde_cache.spec import HASH_BYTES
 from dde_cache.stream import Pair, PairTable, Recent
+from dde_cache.tokens import TokenAligner
 from dde_cache.views import ViewRecipe, pixel_hash
 
 NO_LABEL = -100
@@ -93,6 +94,7 @@ class PairDataset(Dataset[Batch]):
         taught: of the passes beside, those whose targets are read, where `passes` has them.
         partners: whose pictures the negative pass shows; None: chosen from the shards.
         others: makes what a batch has of other samples, from its pairs and `_view`, which draws their pictures.
+        tokens: where the student has a tokenizer of its own: also give what `TokenAligner` gives.
     """
 
     def __init__(
@@ -113,7 +115,9 @@ class PairDataset(Dataset[Batch]):
         partners: PartnerSource | None = None,
         identities: bool = False,
         others: Callable[..., Batch] | None = None,
+        tokens: TokenAligner | None = None,
     ) -> None:
+        self._tokens = tokens
         self._taught_passes, self._identities, self._others = taught, identities, others
         self._passes, self._beside = tuple(passes), tuple(beside)
         self._words = Words.of(preprocessor.processor.tokenizer) if "masked" in (*passes, *beside) else None
@@ -182,6 +186,7 @@ class PairDataset(Dataset[Batch]):
             "attention_mask": tokens.mask,
             **self._encode(texts, self._classes),
             **self._pictured(pairs, texts, names),
+            **({} if self._tokens is None else self._tokens([text.text for text in texts])),
         }
         if self._identities:
             batch |= {"picture": identities([self._view(pair).sample.pictures_hash() for pair in pairs])}

@@ -66,6 +66,18 @@ class DistillConfig(FitConfig):
     temperature: float = Field(
         default=1.0, gt=0, description="of the soft labels: both logits divided by it, the loss times its square"
     )
+    image_tower: str | None = Field(
+        default=None, description="image encoder of Hugging Face (folder or hub id); null: a twin of ViLT's shape"
+    )
+    text_tower: str | None = Field(
+        default=None, description="text encoder of Hugging Face (folder or hub id); null: a twin of ViLT's shape"
+    )
+    grids: Literal["resample", "refuse"] = Field(
+        default="resample", description="where the image tower cuts pictures into other patches than the teacher"
+    )
+    missing_tokens: Literal["refuse", "drop"] = Field(
+        default="refuse", description="tokens of the teacher that a tower lacks: drop leaves them out of rows and keys"
+    )
     remap_flips: bool = Field(
         default=False, description="mirror every other picture, and its stored maps with it: an approximation"
     )

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from dde_cache.attention import mean_over_heads, query_rows, valid_first
+from dde_cache.align import ALIKE, Axes, AxisMap, aligned_log, without_keys
+from dde_cache.attention import QueryKey, mean_over_heads, query_rows, valid_first
 from dde_cache.batches import Batch
 from dde_cache.choices import DistillConfig, LayerPair
 from dde_cache.losses import attention_kl, log_attention, weighted_sum
@@ -25,9 +26,10 @@ from dde_cache.sources import (
 )
 from dde_cache.spec import Rows
 from dde_cache.states import mean_of_valid
-from dde_cache.student import DualEncoderOutput, TowerOutput
+from dde_cache.student import DualEncoderOutput
 from dde_cache.tasks import load_task
 from dde_cache.terms import Objective, Sizes, Term, pairs
+from dde_cache.towers.contract import TowerOutput
 from dde_cache.vilt import image_tokens
 
 
@@ -44,7 +46,12 @@ def student_output(model: nn.Module, batch: Batch, sizes: Sizes | None = None) -
     pictures = [batch[f"{name}{slot}"] for slot in slots for name in ("pixels", "grid")]
     longest = {slot: int(image_tokens(batch[f"grid{slot}"]).max()) for slot in slots}
     padding = [(sizes or {}).get(f"{IMAGE_TOKENS}{slot}", tokens) - tokens for slot, tokens in longest.items()]
-    return model(batch["input_ids"], batch["attention_mask"], *pictures, image_padding=padding)
+    texts = [batch.get(f"student_{name}", batch[other]) for name, other in _TEXTS]
+    return model(*texts, *pictures, image_padding=padding)
+
+
+_TEXTS = (("ids", "input_ids"), ("mask", "attention_mask"))
+"""What the student reads of texts, where its tokens are others, and what the teacher reads."""
 
 
 IMAGE_TOKENS = "image_tokens"
@@ -56,13 +63,19 @@ PROJECTIONS = "hidden_projections"
 """Where a student in training holds the maps from its hidden states to the teacher's, one a pair of layers. They are
 part of a checkpoint, but not of the student that is saved."""
 
+ATTENTION_MAPS = "attention_maps"
+"""Where a student in training holds the maps from the queries and keys of its towers to the teacher's heads, one set a
+pair of layers, where its own heads are others. Not part of the student that is saved either."""
+
 
 class Compared(NamedTuple):
-    """What the terms of a batch compare; `projections` by the number of the layer pair, for hidden states."""
+    """What the terms of a batch compare; `projections` by the number of the layer pair, for hidden states; `maps`
+    likewise, for heads."""
 
     student: DualEncoderOutput
     taught: Taught
     projections: Any = None
+    maps: Any = None
 
 
 class _Place(NamedTuple):
@@ -91,10 +104,13 @@ class StudentLosses(Objective[Compared]):
     the teacher's and the student's, the latter mapped by a learned linear projection. Pooled states: the same of the
     means over the valid tokens, one of the text and one of the picture. Soft labels at temperature T:
     T^2 x the task's loss of both logits over T (Hinton, arXiv 1503.02531).
+
+    With `axes` that differ, the student's rows are compared on the teacher's (`align`); rows and keys that the student
+    has nothing of do not count.
     """
 
-    def __init__(self, config: TrainConfig, targets: Alone, mean_heads: bool) -> None:
-        self._config, self._targets, self._mean_heads = config, targets, mean_heads
+    def __init__(self, config: TrainConfig, targets: Alone, mean_heads: bool, axes: Axes = ALIKE) -> None:
+        self._config, self._targets, self._mean_heads, self._axes = config, targets, mean_heads, axes
         self._every = config.queries == "all"
         self._images = images_of(targets) or 1
         self._pairs = layers_of(targets, config)
@@ -144,16 +160,17 @@ class StudentLosses(Objective[Compared]):
         return table
 
     def _compare(self, model: nn.Module, batch: Batch, sizes: Sizes) -> Compared:
-        return self.compared(student_output(model, batch, sizes), batch, getattr(model, PROJECTIONS, None))
+        own = (getattr(model, name, None) for name in (PROJECTIONS, ATTENTION_MAPS))
+        return self.compared(student_output(model, batch, sizes), batch, *own)
 
-    def compared(self, output: DualEncoderOutput, batch: Batch, projections: Any) -> Compared:
-        """What the terms compare, where a student has run already; `projections` as in `Compared`."""
+    def compared(self, output: DualEncoderOutput, batch: Batch, projections: Any, maps: Any = None) -> Compared:
+        """What the terms compare, where a student has run already; `projections` and `maps` as in `Compared`."""
         config, targets = self._config, self._targets
         if isinstance(targets, LabelsOnly):
             return Compared(output, Taught({}, {}))
         give = online_targets if isinstance(targets, OnlineTargets) else cached_targets
         taught = give(targets, batch, config, self._pairs)  # type: ignore[arg-type]
-        return Compared(output, taught, projections)
+        return Compared(output, taught, projections, maps)
 
     def _padded(self, batch: Batch) -> Sizes:
         if not self._every:
@@ -164,11 +181,15 @@ class StudentLosses(Objective[Compared]):
 
     def _rows(self, place: _Place, batch: Batch, sizes: Sizes) -> int:
         """Query rows that count."""
+        if place.of_text and self._axes.text:
+            return int((batch["token_overlap"].sum(-1) > 0).sum())
         if place.of_text:
             mask = batch["attention_mask"]
             return mask.numel() if self._every else int(mask.sum())
         grid = batch[f"grid{place.image}"]
-        return len(grid) * sizes[f"{IMAGE_TOKENS}{place.image}"] if self._every else int(image_tokens(grid).sum())
+        if self._every:
+            return len(grid) * sizes[f"{IMAGE_TOKENS}{place.image}"]
+        return int(image_tokens(grid).sum()) - len(grid) * self._axes.lacks_cls
 
     def _tokens(self, image: int, batch: Batch, _sizes: Sizes) -> int:
         """Valid tokens of texts and pictures."""
@@ -177,23 +198,37 @@ class StudentLosses(Objective[Compared]):
     def _attention(self, place: _Place, compared: Compared, batch: Batch, _sizes: Sizes) -> Float[Tensor, ""]:
         text, image = compared.student.text, _tower(compared.student, place.image)
         teacher = compared.taught.rows[place.rows, place.image, place.number]
-        asking = text if place.of_text else image
-        query = asking.block(place.layers.student).query_key.query
-        key, mask = self._keys(place, text, image, batch)
-        log = log_attention(query, key, mask, mean_heads=self._mean_heads)
+        if self._axes.alike:
+            asking = text if place.of_text else image
+            query = _query_key(compared, place, asking, "text" if place.of_text else "image").query
+            key, mask = self._keys(place, compared, batch)
+            log = log_attention(query, key, mask, mean_heads=self._mean_heads)
+            rows = torch.ones_like(asking.mask) if self._every else asking.mask
+        else:
+            log, mask, rows = student_rows(
+                place.of_text,
+                (_query_key(compared, place, text, "text"), text.mask),
+                (_query_key(compared, place, image, "image"), image.mask),
+                (batch, place.image),
+                self._axes,
+                mean_heads=self._mean_heads,
+            )
         if self._mean_heads:
             teacher = mean_over_heads(teacher, mask.shape[1])
+        if self._axes.drop:
+            teacher = without_keys(teacher, mask)
         if self._every and not place.of_text:
             position = torch.arange(image.mask.shape[1], device=image.mask.device)[None]
             teacher = query_rows(teacher, torch.minimum(position, image.mask.sum(-1, keepdim=True)))
-        rows = torch.ones_like(asking.mask) if self._every else asking.mask
         return weighted_sum(attention_kl(teacher, log, mask, self._config.tail), rows.float())
 
     def _keys(
-        self, place: _Place, text: TowerOutput, image: TowerOutput, batch: Batch
+        self, place: _Place, compared: Compared, batch: Batch
     ) -> tuple[Float[Tensor, "b h k d"], Bool[Tensor, "b k"]]:
         """The student's keys, in the order of the teacher's, and which are valid."""
-        text_key, image_key = (side.block(place.layers.student).query_key.key for side in (text, image))
+        text, image = compared.student.text, _tower(compared.student, place.image)
+        sides = ((text, "text"), (image, "image"))
+        text_key, image_key = (_query_key(compared, place, side, name).key for side, name in sides)
         # The teacher's keys end with the largest picture of this batch, the student's with that of the global one.
         tokens = image_tokens(batch[f"grid{place.image}"])
         most = int(tokens.max())
@@ -230,6 +265,43 @@ class StudentLosses(Objective[Compared]):
             own = project(mean_of_valid(tower.block(layers.student).states, tower.mask)).float()
             total = total + (own - teacher.float()).square().mean(-1).sum()
         return total
+
+
+def student_rows(
+    of_text: bool,
+    text: tuple[QueryKey, Bool[Tensor, "b n"]],
+    image: tuple[QueryKey, Bool[Tensor, "b m"]],
+    where: tuple[Batch, int],
+    axes: Axes,
+    *,
+    mean_heads: bool = False,
+) -> tuple[Float[Tensor, "b h q k"], Bool[Tensor, "b k"], Bool[Tensor, "b q"]]:
+    """The student's cross attention on the teacher's axes.
+
+    Args:
+        of_text: rows of the text's queries; otherwise of the picture's.
+        text, image: queries and keys of both towers, and their valid tokens.
+        where: the batch, and the image slot.
+        axes: how the tokens stand to the teacher's.
+        mean_heads: average the heads.
+
+    Returns:
+        Log-probabilities, the teacher's keys that they are over, and its query rows that the student has.
+    """
+    batch, slot = where
+    words = AxisMap(batch["token_overlap"]) if axes.text else None
+    patches = axes.image_map(batch[f"grid{slot}"], image[1].device)
+    (asking, own, mine), (asked, others, theirs) = (*text, words), (*image, patches)
+    if not of_text:
+        (asking, own, mine), (asked, others, theirs) = (asked, others, theirs), (asking, own, mine)
+    log, keys = aligned_log(asking.query, asked.key, others, mine, theirs, mean_heads=mean_heads)
+    return log, keys, own if mine is None else mine.held
+
+
+def _query_key(compared: Compared, place: _Place, side: TowerOutput, name: str) -> QueryKey:
+    """Queries and keys of a tower, with the teacher's heads where they are mapped to these."""
+    raw = side.block(place.layers.student).query_key
+    return raw if compared.maps is None else compared.maps[place.number](name, raw)
 
 
 def _longest(batch: Batch, image: int) -> int:

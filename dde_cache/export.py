@@ -1,8 +1,8 @@
 """Recipe: a student as ONNX files, the two towers and the head apart, each checked against torch.
 
     OUT/text_tower.onnx    input_ids, attention_mask [batch, tokens] int64 -> vector [batch, width]
-    OUT/image_tower.onnx   pixel_values [batch, 3, height, width] float32 -> vector; of students of two pictures also
-                           image_slot [1] int64 (0 or 1)
+    OUT/image_tower.onnx   pixel_values [batch, 3, height, width] float32 -> vector; of students of two pictures whose
+                           tower is a twin also image_slot [1] int64 (0 or 1)
     OUT/head.onnx          text, image (and second) vectors [pairs, width] -> logits [pairs, answers]; of students of
                            retrieval: text [texts, width], image [images, width] -> cosine [texts, images]
     OUT/export.json        what the files are, and how far they were from torch
@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.export import Dim
 
 from dde_cache.drift import versions
 from dde_cache.errors import InputError, RunError
 from dde_cache.files import hash_file, partial_path
+from dde_cache.graphs import AnswerHead, CosineHead, ImageSide, TextSide, WholeImageSide
 from dde_cache.inference import Student
 from dde_cache.spec import Line, Model, Sha256
 from dde_cache.staging import check_free
 from dde_cache.store import write_text
-from dde_cache.student import DualEncoder, ImageTower, TextTower
+from dde_cache.towers.twins import ImageTower
 
 RECORD = "export.json"
 TOLERANCE = 1e-4
@@ -65,76 +65,6 @@ class ExportRecord(Model):
     opset: int
     files: dict[Line, ExportedFile]
     versions: dict[Line, Line]
-
-
-class TextSide(nn.Module):
-    """The text tower as a function of tensors."""
-
-    def __init__(self, tower: TextTower) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"]) -> Float[Tensor, "b w"]:
-        """Encode texts."""
-        return self.tower(input_ids, attention_mask).pooled
-
-
-class ImageSide(nn.Module):
-    """The image tower on pictures of one size.
-
-    Learned positions are stretched to the patch grid by two small products: bilinear weights with the corners aligned
-    are what `embed_patches` takes, and rows and columns stay free in the graph.
-    """
-
-    def __init__(self, tower: ImageTower) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(
-        self, pixel_values: Float[Tensor, "b c y x"], image_slot: Int[Tensor, " 1"] | None = None
-    ) -> Float[Tensor, "b w"]:
-        """Encode pictures that fill the whole canvas."""
-        tower = self.tower
-        patches = tower.patch_embeddings.projection(pixel_values)
-        position = tower.position_embeddings
-        side = int((position.shape[1] - 1) ** 0.5)
-        learned = position[0, 1:].unflatten(0, (side, side))
-        rows, columns = (_stretched(torch.arange(patches.shape[axis]), side) for axis in (2, 3))
-        place = torch.einsum("yr,xc,rcw->wyx", rows, columns, learned)
-        tokens = (patches + place).flatten(2).transpose(1, 2)
-        first = (tower.cls_token + position[:, :1]).expand(patches.shape[0], -1, -1)
-        tokens = torch.cat([first, tokens], dim=1)
-        kind = tower.token_type[0] if image_slot is None else tower.token_type.index_select(0, image_slot)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        return tower.encode(tokens + kind, mask).pooled
-
-
-def _stretched(steps: Int[Tensor, " n"], side: int) -> Float[Tensor, "n s"]:
-    """Weights of `side` learned positions for n places; both ends meet, and a single place is the first position."""
-    place = steps * ((side - 1) / steps[-1:].clamp(min=1))
-    return (1 - (place[:, None] - torch.arange(side)[None]).abs()).clamp(min=0)
-
-
-class AnswerHead(nn.Module):
-    """Shallow interaction and classifier."""
-
-    def __init__(self, model: DualEncoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, text: Float[Tensor, "b w"], image: Float[Tensor, "b w"], second: Float[Tensor, "b w"] | None = None
-    ) -> Float[Tensor, "b c"]:
-        """Logits of pairs."""
-        return self.model.answer(text, image) if second is None else self.model.answer(text, image, second)
-
-
-class CosineHead(nn.Module):
-    """Cosines of every text with every picture."""
-
-    def forward(self, text: Float[Tensor, "n w"], image: Float[Tensor, "m w"]) -> Float[Tensor, "n m"]:
-        """Cosines."""
-        return nn.functional.normalize(text, dim=-1) @ nn.functional.normalize(image, dim=-1).T
 
 
 @dataclass(frozen=True)
@@ -204,7 +134,8 @@ def parts_of(student: Student) -> dict[str, Part]:
     """The files with inputs to check them on: batches of one and of more, short and long texts, several patch grids."""
     random = torch.Generator().manual_seed(0)
     model, shape = student.model, student.model.config.vilt()
-    length, patch, words = student.preprocessor.text_length, student.preprocessor.patch_size, shape.vocab_size
+    length, patch = student.preprocessor.text_length, student.preprocessor.patch_size
+    words = len(student.preprocessor.processor.tokenizer)
     texts = []
     for batch, tokens in ((2, min(5, length)), (1, min(3, length)), (3, length)):
         mask = torch.ones(batch, tokens, dtype=torch.long)
@@ -222,7 +153,9 @@ def parts_of(student: Student) -> dict[str, Part]:
         )
     ]
     slots = [torch.tensor([number % 2]) for number in range(len(pictures))]
-    if student.images == 2:
+    twin = isinstance(model.image_tower, ImageTower)
+    marked = twin and student.images == 2
+    if marked:
         pictures = [one | {"image_slot": slot} for one, slot in zip(pictures, slots, strict=True)]
     tokens_axis = {0: Dim("batch"), 1: Dim("tokens", max=length)}
     pixel_axes = {0: Dim("batch"), 2: patch * Dim("rows"), 3: patch * Dim("columns")}
@@ -242,10 +175,10 @@ def parts_of(student: Student) -> dict[str, Part]:
             lambda input_ids, attention_mask: model.text_tower(input_ids, attention_mask).pooled,
         ),
         "image_tower": Part(
-            ImageSide(model.image_tower),
+            ImageSide(model.image_tower) if twin else WholeImageSide(model.image_tower),
             "vector",
             pictures,
-            {"pixel_values": pixel_axes} | ({"image_slot": {}} if student.images == 2 else {}),
+            {"pixel_values": pixel_axes} | ({"image_slot": {}} if marked else {}),
             encode_image,
         ),
     }

@@ -49,6 +49,7 @@ class Progress:
     step: Callable[[int, Mapping[str, float]], None] = lambda step, record: None
     valid: Callable[[int, float], None] = lambda step, accuracy: None
     begin: Callable[[int], None] = lambda steps: None
+    note: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dde_cache.store import Cache, write_text
 from dde_cache.stream import Pair, PairTable
 from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
+from dde_cache.tokens import TokenAligner, same_tokens
 from dde_cache.views import parse_recipe
 
 Order = Literal["keys", "divergence", "kept mass", "spread"]
@@ -128,11 +129,17 @@ def view(
     order, numbers = _candidates(cache, table, choice, student is not None)
     views = cache.spec.views
     numbers = [number * views + choice.view for number in numbers]
-    preprocessor = student.preprocessor if student else cache.preprocessor()
+    preprocessor = cache.preprocessor()
+    tokens = None
+    if student and same_tokens(preprocessor, student.preprocessor):
+        preprocessor = student.preprocessor
+    elif student:
+        tokens = TokenAligner(preprocessor, student.preprocessor)
     reader = CacheTargets(cache, shards, layer.number)
     in_views, recipe = table.in_views(views), parse_recipe(cache.spec.view)
-    dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe)
-    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None, layer.block)
+    dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe, tokens=tokens)
+    own = {"tokens": tokens is not None, "mean_heads": student is not None and student.choices.heads == "mean"}
+    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None, layer.block, **own)
     among = len(numbers)
     count = among if order == "keys" else min(choice.count, among)
     ranked = order in ("divergence", "kept mass")
@@ -196,7 +203,7 @@ def _load(run: Path, device: str) -> _Student:
     model, preprocessor = load_student(run)
     settings = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     try:
-        choices = DistillConfig.model_validate({name: settings.get(name) for name in ("layer", "layer_map")})
+        choices = DistillConfig.model_validate({name: settings.get(name) for name in ("layer", "layer_map", "heads")})
     except ValidationError as error:
         raise RunError(f"{run / CONFIG}: expected the settings of a run, got {error.errors()[0]['msg']}") from error
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))

@@ -80,7 +80,7 @@ class Student:
     @cached_property
     def width(self) -> int:
         """Numbers in a vector."""
-        return int(self.model.config.vilt().hidden_size)
+        return self.model.width
 
     @property
     def images(self) -> int:

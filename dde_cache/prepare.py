@@ -5,23 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
 from transformers import ViltConfig
 
 from dde_cache.asked import asked_parts, joined, numbers_of
 from dde_cache.assets import family_of
 from dde_cache.batches import check_labels
 from dde_cache.checkpoint import load_preprocessor, read_family, resolve
-from dde_cache.choices import check_blocks
-from dde_cache.distill import PROJECTIONS, TrainConfig
+from dde_cache.distill import TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
 from dde_cache.passes import PassName
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
 from dde_cache.several import SeveralReaders, answering, disagreements
 from dde_cache.sources import (
-    Alone,
-    CachedTargets,
     LabelsOnly,
     OnlineTargets,
     SeveralTargets,
@@ -29,13 +25,11 @@ from dde_cache.sources import (
     averages_heads,
     caches_of,
     images_of,
-    layers_of,
     parts_of,
 )
 from dde_cache.spec import hash_json
 from dde_cache.store import MANIFEST, Cache
 from dde_cache.stream import PairTable
-from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
 from dde_cache.teacher import FusionTeacher
@@ -246,53 +240,3 @@ def _count_pictures(shards: Sequence[Shard], valid: Sequence[Shard], task: Task,
                 f"teacher, got {found}"
             )
     return expected or 1
-
-
-def fit_student(student: DualEncoder, targets: Targets, config: TrainConfig, plan: TrainingPlan) -> None:
-    """Let a student give what the losses compare: the blocks of the layer map, and projections of its hidden states.
-
-    Raises:
-        TeacherError: its heads cannot be compared with the teacher's.
-        InputError: the layer map names blocks that it does not have, or layers that the teacher does not have.
-    """
-    kept: list[int] = []
-    maps: list[nn.Module] = []
-    shape = student.config.vilt()
-    for part, own in parts_of(targets, config):
-        if isinstance(part, LabelsOnly) or not own.reads_records:
-            continue
-        pairs = layers_of(part, own)
-        if isinstance(part, OnlineTargets):
-            wrong = [pair.name for pair in pairs if pair.teacher >= part.teacher.layers]
-            if wrong:
-                raise InputError(
-                    f"expected the teacher's layers 0 to {part.teacher.layers - 1}, got {', '.join(wrong)}"
-                )
-        check_blocks(pairs, shape.num_hidden_layers)
-        kept += [pair.student for pair in pairs if pair.student is not None]
-        if own.attention_weight:
-            check_heads(student, part, averages_heads(part, own), plan)
-        for kind in own.states:
-            cached = isinstance(part, CachedTargets)
-            width = getattr(part.cache.spec, f"{kind}_width") if cached else part.teacher.width  # type: ignore[union-attr]
-            maps += [nn.Linear(shape.hidden_size, width) for _ in pairs]
-    student.keep_blocks(sorted(set(kept)))
-    if maps:
-        student.add_module(PROJECTIONS, nn.ModuleList(maps))
-
-
-def exported(student: nn.Module) -> dict[str, Tensor]:
-    """The weights of a student without what served its training alone."""
-    return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{PROJECTIONS}.")}
-
-
-def check_heads(student: DualEncoder, targets: Alone, mean_heads: bool, plan: TrainingPlan) -> None:
-    """Refuse towers whose heads cannot be compared with the teacher's one by one."""
-    have = student.config.vilt().num_attention_heads
-    cached = isinstance(targets, CachedTargets)
-    want = targets.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
-    if not mean_heads and have != want:
-        raise TeacherError(
-            f"expected a student with the teacher's {want} attention heads, got {have}; train with --heads mean to "
-            "compare their averages"
-        )

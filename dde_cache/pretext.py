@@ -26,8 +26,7 @@ class Pretrainer(nn.Module):
 
     def __init__(self, student: DualEncoder) -> None:
         super().__init__()
-        shape = student.config.vilt()
-        width = shape.hidden_size
+        shape, width = student.config.vilt(), student.width
         self.student = student
         self.matching = nn.Linear(width, 2)
         self.condition = nn.Linear(width, width, bias=False)

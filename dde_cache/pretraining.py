@@ -9,9 +9,10 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dde_cache.align import ALIKE, Axes
 from dde_cache.batches import Batch
 from dde_cache.contrast import Everyone, contrastive_sum, everyone
-from dde_cache.distill import PROJECTIONS, TrainConfig, student_output
+from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, TrainConfig, student_output
 from dde_cache.errors import InputError
 from dde_cache.passes import RECIPES, UNMASKED, PassName, of_pass, ordered
 from dde_cache.pretext import (
@@ -94,10 +95,11 @@ class Shown:
 class _Given(nn.Module):
     """A student that has run already."""
 
-    def __init__(self, output: DualEncoderOutput, projections: nn.Module | None) -> None:
+    def __init__(self, output: DualEncoderOutput, student: nn.Module) -> None:
         super().__init__()
         self._output = output
-        self.add_module(PROJECTIONS, projections)
+        for name in (PROJECTIONS, ATTENTION_MAPS):
+            self.add_module(name, getattr(student, name, None))
 
     def forward(self, *_inputs: Any, **_options: Any) -> DualEncoderOutput:
         """What it gave."""
@@ -116,14 +118,21 @@ class PretrainLosses(Objective[Shown]):
         mean_heads: whether the heads are averaged on both sides.
         passes: whose attention is distilled.
         ranks: whose pairs are contrasted with each other.
+        axes: how the student's tokens stand to the teacher's.
     """
 
     def __init__(
-        self, config: PretrainConfig, targets: Targets, mean_heads: bool, passes: Sequence[PassName], ranks: Ranks
+        self,
+        config: PretrainConfig,
+        targets: Targets,
+        mean_heads: bool,
+        passes: Sequence[PassName],
+        ranks: Ranks,
+        axes: Axes = ALIKE,
     ) -> None:
         self._ranks, self._passes = ranks, tuple(passes)
         self._guesses = bool(config.language_weight)
-        self._attention = None if isinstance(targets, LabelsOnly) else losses_of(config, targets, mean_heads)
+        self._attention = None if isinstance(targets, LabelsOnly) else losses_of(config, targets, mean_heads, axes)
         attention = self._attention.terms if self._attention is not None and config.reads_records else {}
         self._attends = bool(attention)
         table: dict[str, Term[Shown]] = {}
@@ -171,7 +180,7 @@ class PretrainLosses(Objective[Shown]):
         attention = {}
         if self._attention is not None and self._attends:
             for name in self._passes:
-                given = _Given(sides[name], getattr(student, PROJECTIONS, None))
+                given = _Given(sides[name], student)  # type: ignore[arg-type]
                 attention[name] = self._attention.sums(given, of_pass(batch, name), _sizes_in(name, sizes))
         together = everyone(self._ranks, output.text.pooled, output.image.pooled, batch, sizes[PAIRS])
         return Shown(model, output, together, masked, batch.get("masked.guess"), attention)  # type: ignore[arg-type]

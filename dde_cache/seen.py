@@ -14,11 +14,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from dde_cache.align import Axes, without_keys
 from dde_cache.attention import Attention, SparseAttention, densify
 from dde_cache.batches import Batch, PairDataset, to_device
-from dde_cache.distill import student_output
+from dde_cache.distill import student_output, student_rows
 from dde_cache.errors import RunError
-from dde_cache.losses import attention_kl, log_attention
+from dde_cache.losses import attention_kl
+from dde_cache.match import heads_fit
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import TargetSpec
 from dde_cache.student import DualEncoder, DualEncoderOutput
@@ -72,11 +74,12 @@ class SeenPair:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Both directions of a batch, by image slot: the teacher's rows, and the student's log-probabilities."""
+    """Both directions of a batch, by image slot: the teacher's rows, and the student's log-probabilities with the keys
+    that they are over and the rows that it has."""
 
     batch: Batch
     teacher: list[dict[str, Attention]]
-    student: list[dict[str, Tensor]]
+    student: list[dict[str, tuple[Tensor, Tensor, Tensor]]]
     output: DualEncoderOutput | None = field(default=None)
 
 
@@ -89,10 +92,12 @@ class Seer:
         preprocessor: of the dataset.
         student: whose attention stands beside the teacher's; None: the teacher alone.
         block: of the student; None: its last.
+        tokens: whether the student has a tokenizer of its own, and the dataset says how its tokens overlap.
+        mean_heads: whether it was trained on the heads' average.
 
     Raises:
         RunError: the student has another number of heads, and the cache has not every key, so that they have no means
-            to compare.
+            to compare; or its heads were compared through maps that it no longer has.
     """
 
     def __init__(
@@ -102,12 +107,23 @@ class Seer:
         preprocessor: Preprocessor,
         student: DualEncoder | None = None,
         block: int | None = None,
+        *,
+        tokens: bool = False,
+        mean_heads: bool = False,
     ) -> None:
         self._dataset, self._spec, self._preprocessor = dataset, spec, preprocessor
         self._student, self._block = student, block
         if student is not None and block is not None:
             student.keep_blocks([block])
-        self._averages = student is not None and spec.stored_heads not in (1, student.config.vilt().num_attention_heads)
+        self._axes = Axes() if student is None else Axes(student.image_tower.layout, tokens, drop=True)
+        twins = student is None or (student.config.text is None and student.config.image is None)
+        average = mean_heads or spec.heads == "mean"
+        if student is not None and not twins and not heads_fit(student, spec.teacher_heads, mean_heads=average):
+            raise RunError(
+                "the student's attention heads were compared with the teacher's through learned maps, which a saved "
+                "student does not have: leave --run out"
+            )
+        self._averages = student is not None and spec.stored_heads not in (1, student.towers[0].heads)
         if self._averages and spec.steps is None:
             raise RunError(
                 f"expected a student with the cache's {spec.stored_heads} heads, got another number, and the means of "
@@ -131,7 +147,9 @@ class Seer:
         for slot in range(len(found.teacher)):
             for direction in ("t2i", "i2t"):
                 rows = self._kl(found, slot, direction) if found.student else _tail(found.teacher[slot][direction])
-                valid = _valid(found.batch, slot, direction)[:, None].expand(rows.shape).float()
+                counted = _valid(found.batch, slot, direction)
+                counted = counted & found.student[slot][direction][2] if found.student else counted
+                valid = counted[:, None].expand(rows.shape).float()
                 total += (rows * valid).sum((1, 2)) / valid.sum((1, 2))
         return (total if found.student else total / (2 * len(found.teacher))).tolist()
 
@@ -152,7 +170,7 @@ class Seer:
                     there = bool(found.student)
                     rows[name] = Rows(
                         teacher=_levels(_dense(teacher[name], batch, slot, name)[row, :, :queries, :keys]),
-                        student=_levels(found.student[slot][name][row, :, :queries, :keys].exp()) if there else None,
+                        student=_levels(found.student[slot][name][0][row, :, :queries, :keys].exp()) if there else None,
                         kl=kl[slot][name][row, :, :queries].numpy() if there else None,
                         kept=None if self._spec.steps else (1 - _tail(teacher[name])[row, :, :queries]).numpy(),
                     )
@@ -171,19 +189,18 @@ class Seer:
         ]
         if self._student is None:
             return _Compared(batch, teacher, [])
-        output = student_output(self._student, to_device(batch, next(self._student.parameters()).device))
+        moved = to_device(batch, next(self._student.parameters()).device)
+        output = student_output(self._student, moved)
         mean = self.heads == 1
         student = []
         for slot in slots:
             sides = output.text, output.second if slot else output.image
-            text, image = (side.block(self._block).query_key for side in sides)
-            masks = {"t2i": sides[1].mask, "i2t": sides[0].mask}
-            student.append(
-                {
-                    name: log_attention(asking.query, asked.key, masks[name], mean_heads=mean).cpu()
-                    for name, asking, asked in (("t2i", text, image), ("i2t", image, text))
-                }
-            )
+            text, image = ((side.block(self._block).query_key, side.mask) for side in sides)
+            rows = {
+                name: student_rows(name == "t2i", text, image, (moved, slot), self._axes, mean_heads=mean)
+                for name in _BOTH
+            }
+            student.append({name: (log.cpu(), keys.cpu(), held.cpu()) for name, (log, keys, held) in rows.items()})
         return _Compared(batch, teacher, student, output)
 
     def _heads(self, attention: Attention) -> Attention:
@@ -191,8 +208,9 @@ class Seer:
         return attention.mean(1, keepdim=True) if self._averages and isinstance(attention, Tensor) else attention
 
     def _kl(self, found: _Compared, slot: int, direction: str) -> Float[Tensor, "b h q"]:
-        keys = _valid(found.batch, slot, "i2t" if direction == "t2i" else "t2i")
-        return attention_kl(found.teacher[slot][direction], found.student[slot][direction], keys).clamp_min(0)
+        teacher, (log, keys, held) = found.teacher[slot][direction], found.student[slot][direction]
+        teacher = teacher if self._axes.alike else without_keys(teacher, keys)
+        return attention_kl(teacher, log, keys).clamp_min(0) * held[:, None]
 
     def _picture(self, batch: Batch, slot: int, row: int) -> tuple[bytes, str]:
         """The pixels that both models read, encoded anew: nothing of a stranger's file goes into a page."""

@@ -13,9 +13,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 
+from dde_cache.align import ALIKE, Axes
 from dde_cache.batches import Batch
 from dde_cache.configs import read_yaml
-from dde_cache.distill import PROJECTIONS, Compared, StudentLosses, TrainConfig, student_output
+from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, Compared, StudentLosses, TrainConfig, student_output
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.join import OnMissing
 from dde_cache.partners import Partner
@@ -278,12 +279,15 @@ def of_teacher(batch: Batch, number: int) -> Batch:
 class SeveralLosses(Objective[tuple[Compared, ...]]):
     """The terms of several teachers: those of `StudentLosses` for each, `NAME.` before; labels once, as `hard`."""
 
-    def __init__(self, config: TrainConfig, targets: SeveralTargets) -> None:
+    def __init__(self, config: TrainConfig, targets: SeveralTargets, axes: Axes = ALIKE) -> None:
         parts = parts_of(targets, config)
-        self._each = [StudentLosses(own, part, averages_heads(part, own)) for part, own in parts]
-        # Of the layer pairs whose states are mapped, those of one teacher behind the other's.
-        counts = [len(layers_of(part, own)) * len(own.states) for part, own in parts]
-        self._starts = np.cumsum([0, *counts]).tolist()
+        self._each = [StudentLosses(own, part, averages_heads(part, own), axes) for part, own in parts]
+        # Of the layer pairs whose states, or heads, are mapped, those of one teacher behind the other's.
+        counts = {
+            PROJECTIONS: [len(layers_of(part, own)) * len(own.states) for part, own in parts],
+            ATTENTION_MAPS: [len(layers_of(part, own)) * bool(own.attention_weight) for part, own in parts],
+        }
+        self._starts = {name: np.cumsum([0, *some]).tolist() for name, some in counts.items()}
         table: dict[str, Term[tuple[Compared, ...]]] = {}
         for number, teacher in enumerate(targets.teachers):
             for part, term in self._each[number].terms.items():
@@ -292,13 +296,18 @@ class SeveralLosses(Objective[tuple[Compared, ...]]):
         super().__init__(self._compare, table, lambda batch: self._each[0].sizes([batch]))
 
     def _compare(self, model: nn.Module, batch: Batch, sizes: Mapping[str, int]) -> tuple[Compared, ...]:
-        output, projections = student_output(model, batch, sizes), getattr(model, PROJECTIONS, None)
+        output = student_output(model, batch, sizes)
         found = []
         for number, losses in enumerate(self._each):
-            own = slice(self._starts[number], self._starts[number + 1])
-            maps = None if projections is None else projections[own]
-            found.append(losses.compared(output, of_teacher(batch, number), maps))
+            own = (self._own(model, name, number) for name in (PROJECTIONS, ATTENTION_MAPS))
+            found.append(losses.compared(output, of_teacher(batch, number), *own))
         return tuple(found)
+
+    def _own(self, model: nn.Module, name: str, number: int) -> Any:
+        """Those of the maps that a student has in training that are of one teacher."""
+        maps: Any = getattr(model, name, None)
+        starts = self._starts[name]
+        return None if maps is None else maps[starts[number] : starts[number + 1]]
 
 
 def _total(number: int, term: Term[Compared]) -> Callable[[tuple[Compared, ...], Batch, Mapping[str, int]], Tensor]:
@@ -308,9 +317,9 @@ def _total(number: int, term: Term[Compared]) -> Callable[[tuple[Compared, ...],
 Losses = StudentLosses | SeveralLosses
 
 
-def losses_of(config: TrainConfig, targets: Targets, mean_heads: bool) -> Losses:
-    """The losses of one teacher or of several."""
+def losses_of(config: TrainConfig, targets: Targets, mean_heads: bool, axes: Axes = ALIKE) -> Losses:
+    """The losses of one teacher or of several; `axes` say how the student's tokens stand to theirs."""
     if isinstance(targets, SeveralTargets):
-        return SeveralLosses(config, targets)
+        return SeveralLosses(config, targets, axes)
     alone: Alone = targets
-    return StudentLosses(config, alone, mean_heads)
+    return StudentLosses(config, alone, mean_heads, axes)

@@ -1,26 +1,29 @@
-"""The student as a Hugging Face model: two ViLT-like towers and a shallow head (DiDE, arXiv 2112.08723).
+"""The student as a Hugging Face model: two towers and a shallow head (DiDE, arXiv 2112.08723).
 
+The towers are twins of ViLT's shape, as in the paper, or on one side or both any encoder of Hugging Face.
 Each side is encoded alone, so that it can be computed once and stored; only the small head sees both.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ViltConfig, ViltModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ViltConfig, ViltModel
 from transformers import initialization as init
-from transformers.models.vilt.modeling_vilt import TextEmbeddings, ViltEncoder, ViltPatchEmbeddings, ViltPooler
+from transformers.models.vilt.modeling_vilt import TextEmbeddings
 from transformers.utils import ModelOutput
 
-from dde_cache.attention import QueryKey
+from dde_cache.checkpoint import load_weights, read_config, resolve
 from dde_cache.errors import InputError
-from dde_cache.teacher import load_weights, read_config, resolve
-from dde_cache.vilt import capture_query_key, capture_states, embed_patches, position_deviation
+from dde_cache.towers.contract import Tower
+from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower, ImageShape, TextShape
+from dde_cache.towers.twins import ImageTower, TextTower
+from dde_cache.vilt import position_deviation
 
 FIRST_SCALE = math.log(1 / 0.07)
 """Logarithm of the factor of cosine similarities at the start of a contrastive training (CLIP, arXiv 2103.00020)."""
@@ -42,8 +45,16 @@ class Head:
 
 
 class DualEncoderConfig(PreTrainedConfig):
-    """Shape of a dual encoder: both towers are those of a ViLT with configuration `tower`; `head` and `images` as in
-    `Head`; `task` names what it was trained for."""
+    """Shape of a dual encoder.
+
+    Args:
+        tower: configuration of a ViLT, whose patches and text length the student was trained with; both towers are its
+            twins, but for those that `text` and `image` name.
+        head, images: as in `Head`.
+        task: what it was trained for.
+        text: a `TextShape`, of a text encoder of Hugging Face; None: a twin.
+        image: an `ImageShape`, of an image encoder; None: a twin.
+    """
 
     model_type = "dde-dual-encoder"
 
@@ -53,9 +64,12 @@ class DualEncoderConfig(PreTrainedConfig):
         head: str = "classes",
         images: int = 1,
         task: str = "classification",
+        text: dict[str, Any] | None = None,
+        image: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.head, self.images, self.task = head, images, task
+        self.text, self.image = text, image
         self.tower = tower if tower is not None else ViltConfig().to_dict()
         # Hugging Face draws the weights of every linear map and embedding with this deviation, and with 0.02 where the
         # configuration does not say: far too small for narrow towers.
@@ -64,36 +78,13 @@ class DualEncoderConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def vilt(self) -> ViltConfig:
-        """The towers' shape as a ViLT configuration."""
+        """The twins' shape as a ViLT configuration."""
         return ViltConfig.from_dict(self.tower)
 
-
-@dataclass
-class BlockOutput:
-    """What a block of a tower gave: its query and key projections, and its hidden states."""
-
-    query_key: QueryKey
-    states: Float[Tensor, "b n w"]
-
-
-@dataclass
-class TowerOutput:
-    """One side of a batch: pooled vector, token mask, what the last block and those that are kept gave, and the states
-    of the tokens behind the final norm."""
-
-    pooled: Float[Tensor, "b w"]
-    mask: Bool[Tensor, "b n"]
-    blocks: Mapping[int, BlockOutput]
-    states: Any = None
-
     @property
-    def query_key(self) -> QueryKey:
-        """The last block's query and key projections."""
-        return self.block(None).query_key
-
-    def block(self, number: int | None) -> BlockOutput:
-        """A block that was kept; None: the last."""
-        return self.blocks[max(self.blocks) if number is None else number]
+    def text_length(self) -> int:
+        """Tokens of a text that are read at most."""
+        return int(self.vilt().max_position_embeddings if self.text is None else self.text["length"])
 
 
 @dataclass
@@ -108,69 +99,10 @@ class DualEncoderOutput(ModelOutput):
     scale: Any = None
 
 
-class _Tower(nn.Module):
-    """What both towers share: the blocks, the final norm and the pooler on the first token."""
-
-    def __init__(self, config: ViltConfig) -> None:
-        super().__init__()
-        self.encoder = ViltEncoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = ViltPooler(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.kept_blocks: tuple[int, ...] = ()
-
-    def encode(self, embeds: Float[Tensor, "b n w"], mask: Bool[Tensor, "b n"]) -> TowerOutput:
-        """Run the blocks over embedded tokens."""
-        bias = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
-        bias = bias.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None, None, :]
-        blocks = self.encoder.layer
-        kept = sorted({*self.kept_blocks, len(blocks) - 1})
-        with capture_query_key(blocks, kept) as capture, capture_states(blocks, kept) as held:
-            states = self.layernorm(self.encoder(embeds, attention_mask=bias).last_hidden_state)
-        outputs = {number: BlockOutput(capture[number], held[number]) for number in kept}
-        return TowerOutput(self.pooler(states), mask, outputs, states)
-
-
-class TextTower(_Tower):
-    """BERT embeddings, token type 0, and the blocks."""
-
-    def __init__(self, config: ViltConfig) -> None:
-        super().__init__(config)
-        self.text_embeddings = TextEmbeddings(config)
-        self.token_type = nn.Parameter(torch.zeros(config.hidden_size))
-
-    def forward(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"]) -> TowerOutput:
-        """Encode texts."""
-        return self.encode(self.text_embeddings(input_ids=input_ids) + self.token_type, attention_mask.bool())
-
-
-class ImageTower(_Tower):
-    """Patch embeddings in row-major order behind CLS, token type 1 (2 for a second image), and the blocks."""
-
-    def __init__(self, config: ViltConfig) -> None:
-        super().__init__(config)
-        self.patch_embeddings = ViltPatchEmbeddings(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position_embeddings = nn.Parameter(
-            torch.zeros(1, self.patch_embeddings.num_patches + 1, config.hidden_size)
-        )
-        self.token_type = nn.Parameter(torch.zeros(2, config.hidden_size))
-
-    def forward(
-        self, pixel_values: Float[Tensor, "b c y x"], grid: Int[Tensor, "b 2"], image_slot: int = 0, padding: int = 0
-    ) -> TowerOutput:
-        """Encode pictures, padded at the bottom and right; `grid` holds the patch rows and columns of each.
-
-        `padding` padded tokens come behind those of the batch's largest picture.
-        """
-        embeds, mask = embed_patches(
-            self.patch_embeddings.projection, self.cls_token, self.position_embeddings, pixel_values, grid, padding
-        )
-        return self.encode(self.dropout(embeds) + self.token_type[image_slot], mask)
-
-
 class DualEncoder(PreTrainedModel):
     """Two towers, a shallow interaction and a classification head.
+
+    Where one tower is narrower than the other, its pooled vector goes through a linear map to the other's width w.
 
     Interaction: cat[text; image] (2w) -> Linear(2w, 2w) -> LayerNorm -> GELU -> Linear(2w, w). Head: Linear(w, 2w) ->
     LayerNorm -> GELU -> Linear(2w, classes). Of two images each meets the text in the interaction, and the head reads
@@ -185,9 +117,18 @@ class DualEncoder(PreTrainedModel):
     def __init__(self, config: DualEncoderConfig) -> None:
         super().__init__(config)
         shape = config.vilt()
-        width = shape.hidden_size
-        self.text_tower = TextTower(shape)
-        self.image_tower = ImageTower(shape)
+        self.text_tower: Any = (
+            TextTower(shape) if config.text is None else HuggingFaceTextTower(TextShape.model_validate(config.text))
+        )
+        self.image_tower: Any = (
+            ImageTower(shape)
+            if config.image is None
+            else HuggingFaceImageTower(ImageShape.model_validate(config.image), shape.patch_size)
+        )
+        width = max(tower.width for tower in self.towers)
+        for tower in self.towers:
+            tower.project(width)
+        self.width = width
         if config.head != "classes":
             self.logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
         if config.head != "similarity":
@@ -255,11 +196,16 @@ class DualEncoder(PreTrainedModel):
         Raises:
             InputError: the towers have no such block.
         """
-        depth = len(self.text_tower.encoder.layer)
+        depth = min(tower.depth for tower in self.towers)
         if any(not 0 <= number < depth for number in numbers):
             raise InputError(f"expected blocks of the student from 0 to {depth - 1}, got {sorted(numbers)}")
-        for tower in (self.text_tower, self.image_tower):
+        for tower in self.towers:
             tower.kept_blocks = tuple(numbers)
+
+    @property
+    def towers(self) -> tuple[Tower, Tower]:
+        """Text and image."""
+        return self.text_tower, self.image_tower
 
     def answer(self, text: Float[Tensor, "b w"], *images: Float[Tensor, "b w"]) -> Float[Tensor, "b c"]:
         """Logits from the pooled vectors of a text and its images: all that runs when they were stored."""
@@ -280,9 +226,15 @@ def _two_layers(inputs: int, width: int, outputs: int) -> nn.Sequential:
 
 
 def new_student(
-    tower: ViltConfig, labels: Sequence[str], dropout: float = 0.0, head: Head | None = None
+    tower: ViltConfig,
+    labels: Sequence[str],
+    dropout: float = 0.0,
+    head: Head | None = None,
+    *,
+    text: TextShape | None = None,
+    image: ImageShape | None = None,
 ) -> DualEncoder:
-    """A student with random weights; without a `head`, one that classifies one image."""
+    """A student with random weights; without a `head`, one that classifies one image; towers as in the config."""
     head = head or Head()
     shape = tower.to_dict() | {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     for name in ("id2label", "label2id", "architectures", "transformers_version", "_name_or_path", "dtype"):
@@ -293,6 +245,8 @@ def new_student(
             head=head.kind,
             images=head.images,
             task=head.task,
+            text=None if text is None else text.model_dump(mode="json"),
+            image=None if image is None else image.model_dump(mode="json"),
             id2label=dict(enumerate(labels)),
             label2id={label: number for number, label in enumerate(labels)},
         )
@@ -300,9 +254,10 @@ def new_student(
 
 
 def student_from_vilt(
-    checkpoint: str | Path, labels: Sequence[str], dropout: float = 0.0, head: Head | None = None
+    checkpoint: str | Path, labels: Sequence[str], dropout: float = 0.0, head: Head | None = None, **towers: Any
 ) -> DualEncoder:
-    """A student whose towers both start from a ViLT checkpoint, as the paper does; the head is new.
+    """A student whose twins start from a ViLT checkpoint, as the paper does; the head is new, and so are `towers` (as
+    for `new_student`).
 
     Raises:
         TeacherError: the checkpoint is missing, incomplete, or no ViLT.
@@ -311,19 +266,27 @@ def student_from_vilt(
     config = read_config(path)
     # A checkpoint of masked language modelling has no pooler; both towers then start from the same random one.
     source = load_weights(ViltModel, path, config, optional=["pooler"])
-    student = new_student(config, labels, dropout, head)
-    embeddings = source.embeddings
+    student = new_student(config, labels, dropout, head, **towers)
+    for tower in student.towers:
+        if isinstance(tower, (TextTower, ImageTower)):
+            tower.encoder.load_state_dict(source.encoder.state_dict())
+            tower.layernorm.load_state_dict(source.layernorm.state_dict())
+            tower.pooler.load_state_dict(source.pooler.state_dict())
+    embeddings, (text, image) = source.embeddings, student.towers
     types = embeddings.token_type_embeddings.weight
-    for tower in (student.text_tower, student.image_tower):
-        tower.encoder.load_state_dict(source.encoder.state_dict())
-        tower.layernorm.load_state_dict(source.layernorm.state_dict())
-        tower.pooler.load_state_dict(source.pooler.state_dict())
     with torch.no_grad():
-        student.text_tower.text_embeddings.load_state_dict(embeddings.text_embeddings.state_dict())
-        student.text_tower.token_type.copy_(types[0])
-        student.image_tower.patch_embeddings.load_state_dict(embeddings.patch_embeddings.state_dict())
-        student.image_tower.cls_token.copy_(embeddings.cls_token)
-        student.image_tower.position_embeddings.copy_(embeddings.position_embeddings)
-        student.image_tower.token_type[0].copy_(types[1])
-        student.image_tower.token_type[1].copy_(types[2] if len(types) > 2 else types[1])
+        if isinstance(text, TextTower):
+            text.text_embeddings.load_state_dict(embeddings.text_embeddings.state_dict())
+            text.token_type.copy_(types[0])
+        if isinstance(image, ImageTower):
+            image.patch_embeddings.load_state_dict(embeddings.patch_embeddings.state_dict())
+            image.cls_token.copy_(embeddings.cls_token)
+            image.position_embeddings.copy_(embeddings.position_embeddings)
+            image.token_type[0].copy_(types[1])
+            image.token_type[1].copy_(types[2] if len(types) > 2 else types[1])
     return student
+
+
+# So that AutoModel.from_pretrained loads a saved student once this module is imported.
+AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
+AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)

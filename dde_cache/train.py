@@ -17,11 +17,13 @@ from dde_cache.batches import Batch, PairDataset, batch_loader, check_batch_size
 from dde_cache.distill import TrainConfig, student_output
 from dde_cache.files import replaced_folder
 from dde_cache.fit import Fit, FitResult, Progress
-from dde_cache.initial import MODEL, build_student
+from dde_cache.initial import MODEL
 from dde_cache.matching import Scores
-from dde_cache.prepare import TrainingPlan, exported, fit_student, likeness, plan_training
+from dde_cache.model_card import CARD, student_card
+from dde_cache.prepare import TrainingPlan, likeness, plan_training
 from dde_cache.ranking import RankingReader, check_ranking, with_ranking
 from dde_cache.ranks import Ranks
+from dde_cache.ready import Ready, exported, ready_student
 from dde_cache.replay import check_first_views, order_in_views
 from dde_cache.runs import open_run, with_steps
 from dde_cache.samples import Shard
@@ -31,7 +33,7 @@ from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, SeveralT
 from dde_cache.spec import Model, hash_json
 from dde_cache.store import write_text
 from dde_cache.stream import PairTable, Share
-from dde_cache.student import DualEncoder, DualEncoderOutput, Head
+from dde_cache.student import DualEncoderOutput, Head
 from dde_cache.tasks import load_task
 from dde_cache.terms import Objective
 
@@ -96,29 +98,30 @@ def train(
     task = load_task(config.task)
     plan = plan_training(shards, valid, targets, config, task)
     check_ranking(candidates, shards, targets, config, task, init)
-    others = None if candidates is None else RankingReader(candidates, shards, plan.preprocessor, config.ranking_top)
     torch.manual_seed(config.seed)
-    student = build_student(plan.tower, plan.labels, config.dropout, init, Head(task.head, plan.images, config.task))
-    fit_student(student, targets, config, plan)
-    read = plan.preprocessor, plan.labels
+    ready = ready_student(plan, targets, config, init, Head(task.head, plan.images, config.task), shards)
+    student, reads = ready.student, ready.preprocessor
+    others = None if candidates is None else RankingReader(candidates, shards, reads, config.ranking_top)
     dataset = PairDataset(
         shards,
         plan.table.in_views(plan.views, 1 + config.remap_flips),
-        *read,
+        ready.reads,
+        plan.labels,
         plan.reader,
         full_text=config.queries == "all",
         encode=task.targets,
         recipe=plan.recipe,
         others=others,
+        tokens=ready.tokens,
         identities=task.head == "similarity",
     )
-    held_out = PairDataset(valid, PairTable.of(valid), *read, encode=task.targets)
+    held_out = PairDataset(valid, PairTable.of(valid), reads, plan.labels, encode=task.targets)
     course = Course(
         stage=USUAL,
         plan=plan,
         model=student,
-        student=student,
-        objective=with_ranking(losses_of(config, targets, plan.mean_heads), config),
+        ready=ready,
+        objective=with_ranking(losses_of(config, targets, plan.mean_heads, ready.matched.axes), config),
         dataset=dataset,
         score=lambda: task.score(task.predict(output_of(student), held_out)),
         candidates=candidates,
@@ -136,7 +139,7 @@ class Course:
         stage: its name.
         plan: what is read.
         model: what is fitted: the student, or what holds it.
-        student: what is saved.
+        ready: the student, which is saved, and how it stands to the teacher.
         objective: what is minimised.
         dataset: what a step reads, by the numbers of the plan's pairs in their views.
         score: figures of the student on held-out data.
@@ -146,7 +149,7 @@ class Course:
     stage: Stage
     plan: TrainingPlan
     model: nn.Module
-    student: DualEncoder
+    ready: Ready
     objective: Objective[Any]
     dataset: PairDataset
     score: Callable[[], float | Mapping[str, float]]
@@ -172,13 +175,17 @@ def follow(
         InputError, CacheError, RunError: the data fill no batch, are drawn otherwise than the teacher saw them, or the
             run's folder is another's.
     """
-    plan, student, ranks = course.plan, course.student, Ranks()
+    plan, ready, ranks = course.plan, course.ready, Ranks()
     check_batch_size(plan.table, config.batch_size)
     for one in caches_of(targets):
         check_first_views(one.cache, shards, plan.table, config, allow_drift=one.allow_pixel_drift)
     config = with_steps(config, len(plan.table))
 
+    card = student_card(ready.student, targets, config, shards, valid, init, ready.matched.notes)
+
     def begin() -> None:
+        for note in ready.matched.notes if progress else ():
+            progress.note(note)  # type: ignore[union-attr]
         inputs = inputs_of(shards, valid, plan, targets, init)
         # Fine-tuning says nothing, so that runs of versions before there were stages go on.
         inputs |= {"stage": course.stage} if course.stage != USUAL else {}
@@ -190,8 +197,9 @@ def follow(
 
     def save(_model: nn.Module) -> None:
         with replaced_folder(out / MODEL) as folder:
-            student.save_pretrained(folder, state_dict=exported(student))
-            plan.preprocessor.save(folder)
+            ready.student.save_pretrained(folder, state_dict=exported(ready.student))
+            ready.preprocessor.save(folder)
+            write_text(folder / CARD, card)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:
         sides = 1 + config.remap_flips

@@ -14,16 +14,16 @@ PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 ORDER = (
     "errors", "files", "canonical", "spec", "pages", "configs", "attention", "blocks", "codec", "states", "mirror",
     "bounds", "images", "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit",
-    "candidates", "preprocess", "vilt", "teachers", "views", "passes", "partners", "audit", "drift", "assets",
-    "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share", "staging",
-    "subset", "merge", "checkpoint", "teacher", "student", "initial", "ranks", "contrast", "pretext", "losses", "join",
-    "lookup", "targets", "agreement", "batches", "terms", "encoder", "records", "buckets", "scores", "tasks", "runs",
-    "replay", "interrupt", "optimizer", "clock", "fit", "choices", "sources", "distill", "several", "pretraining",
-    "presets", "teach", "identity", "plan", "extract", "recompute", "verify", "matching", "scoring", "repair",
-    "summary", "importers", "asked", "prepare", "inference", "ranking", "train", "pretrain", "evaluate", "seen",
-    "gallery", "figures", "compare", "sheet", "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings",
-    "embed", "predict", "search", "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study",
-    "study_report",
+    "candidates", "preprocess", "tokens", "vilt", "teachers", "views", "passes", "partners", "audit", "drift",
+    "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects", "share",
+    "staging", "subset", "merge", "checkpoint", "teacher", "towers", "student", "initial", "ranks", "contrast",
+    "pretext", "losses", "align", "join", "lookup", "targets", "agreement", "batches", "terms", "encoder", "records",
+    "buckets", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices", "sources",
+    "match", "distill", "several", "pretraining", "model_card", "presets", "teach", "identity", "plan", "extract",
+    "recompute", "verify", "matching", "scoring", "repair", "summary", "importers", "asked", "prepare", "ready",
+    "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery", "figures", "compare", "sheet",
+    "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "graphs",
+    "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
@@ -101,8 +101,8 @@ def test_who_knows_what():
         "nlvr.py",  # reads the official tar of a data set; no shards
         "official.py",  # pictures of data sets in a tar
     }
-    vilt = {"vilt.py", "student.py", "teach.py", "preprocess.py"}
-    shape_alone = {"sources.py", "initial.py", "prepare.py", "checkpoint.py", "teacher.py", "contract.py"}
+    vilt = {"vilt.py", "student.py", "twins.py", "teach.py", "preprocess.py"}
+    shape_alone = {"sources.py", "initial.py", "prepare.py", "checkpoint.py", "teacher.py", "contract.py", "match.py"}
     assert users_of(lambda name: "transformers" in name and "vilt" in name.lower()) <= vilt | shape_alone
     assert users_of(lambda name: name.startswith("transformers.Vilt") and name != "transformers.ViltConfig") <= vilt
     assert users_of(lambda name: name.split(".")[0] == "zarr") <= {"arrays.py"}

@@ -25,10 +25,11 @@ from dde_cache.codec import decode, dense_rows
 from dde_cache.distill import PROJECTIONS, StudentLosses, TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError
 from dde_cache.fit import Progress
-from dde_cache.prepare import fit_student, plan_training
+from dde_cache.prepare import plan_training
 from dde_cache.presets import ABLATIONS, task_settings
 from dde_cache.pretrain import pretrain
 from dde_cache.pretraining import PretrainConfig
+from dde_cache.ready import fit_student
 from dde_cache.samples import Sample, Text
 from dde_cache.sources import CachedTargets, OnlineTargets, layers_of
 from dde_cache.student import DualEncoder, Head, new_student

@@ -11,11 +11,12 @@ from pipeline import make_samples, make_shards, whole_batch
 from dde_cache.errors import InputError
 from dde_cache.samples import Sample, Text
 from dde_cache.scores import Baselines, Predictions
-from dde_cache.student import DualEncoder, DualEncoderOutput, Head, TowerOutput, new_student
+from dde_cache.student import DualEncoder, DualEncoderOutput, Head, new_student
 from dde_cache.tasks import TASKS, SingleLabel, load_task
 from dde_cache.tasks.nlvr2 import sentence_of
 from dde_cache.tasks.retrieval import TIE, Vectors, image_ranks, text_ranks
 from dde_cache.tasks.vqa import answer_label, answer_vocabulary, normalise, soft_scores, vqa_accuracy
+from dde_cache.towers.contract import TowerOutput
 
 
 class Own(SingleLabel):
