@@ -59,14 +59,14 @@ class StudyConfig(Model):
 _SHORT = {"workers": 0, "warmup": 0.1, "precision": "bf16"}
 
 TESTBEDS: Mapping[str, Mapping[str, Any]] = {
-    "shapes": {"train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0}},
+    "shapes": {"train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0}},
     "shapes-grid10": {
         "pictures": 3000,
         "kinds": ("exists", "neighbour"),
         "teacher": None,
         "teach_init": SAMPLE_TEACHER,
         "teach": {**_SHORT, "steps": 1000, "batch_size": 64, "learning_rate": 4e-4, "warmup": 0.05},
-        "train": {**_SHORT, "steps": 300, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0},
+        "train": {**_SHORT, "steps": 300, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0},
     },
     "sort-of-clevr": {
         "test_pictures": 300,
@@ -75,7 +75,7 @@ TESTBEDS: Mapping[str, Mapping[str, Any]] = {
             **{**_SHORT, "steps": 20000, "batch_size": 64, "learning_rate": 6e-4},
             **{"hidden_size": 128, "layers": 4, "patch_size": 15, "image_size": 75, "text_length": 16},
         },
-        "train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0},
+        "train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0},
     },
     "easy-vqa": {
         "teacher": None,

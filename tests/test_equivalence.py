@@ -54,7 +54,7 @@ def test_with_one_seed_it_is_the_bootstrap_of_pictures_written_out():
     random = np.random.default_rng(1)
     sizes = random.integers(1, 6, 40)
     picture = np.repeat(np.arange(40), sizes)
-    row = random.integers(-1, 2, len(picture)) + 0.2 * (picture % 3)
+    row = random.integers(-1, 2, len(picture)) + 0.2 * (picture % 3) + 5.0
     found = paired_difference([row], picture, draws=20_000)
     drawn = []
     for _ in range(4000):
