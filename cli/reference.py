@@ -18,6 +18,7 @@ from dde_cache.distill import TrainConfig
 from dde_cache.extract import ExtractConfig
 from dde_cache.pretraining import PretrainConfig
 from dde_cache.teach import TeachConfig
+from dde_cache.testbeds import StudyConfig
 
 from .app import COMMANDS, app
 
@@ -25,6 +26,7 @@ SETTINGS: dict[str, tuple[type[BaseModel], ...]] = {
     "teacher train": (TeachConfig,),
     "extract": (ExtractConfig,),
     "train": (TrainConfig, PretrainConfig),
+    "study": (StudyConfig,),
     "demo": (DemoConfig,),
 }
 """What the files of --config, and --set, may say."""
@@ -86,6 +88,8 @@ def _command(words: str, command: Any, parent: Any) -> list[str]:
 def _setting(name: str, field: Any) -> str:
     about = f": {field.description}" if field.description else ""
     default = field.default_factory() if field.default is PydanticUndefined else field.default
+    if isinstance(default, BaseModel):
+        return f"- `{name}.`{about}; its own settings, as `{name}.{next(iter(type(default).model_fields))}=...`"
     return f"- `{name}`{about}. Default `{json.dumps(default)}`"
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from dde_cache.codec import EMPTY, RELATIVE_ERROR, STEPS_AN_OCTAVE, ends_of_codes
 from dde_cache.spec import TargetSpec, Weights
+from dde_cache.states import MOST
 
 _LOG8 = (2.0 ** (-np.arange(EMPTY + 1) / STEPS_AN_OCTAVE)).astype(np.float32)
 _LOG8[EMPTY] = 0
@@ -58,12 +59,12 @@ def not_finite(values: Float[np.ndarray, "r n w"]) -> Bool[np.ndarray, "r n w"]:
 
 
 def unsafe_states(values: np.ndarray) -> Bool[np.ndarray, "..."]:
-    """Where stored states or their scales are nothing to compute with: not finite, a negative scale, the code -128."""
+    """Where stored states or scales are nothing to compute with: not finite, also decoded; below 0; the code -128."""
     if values.dtype == np.float16:
         return not_finite(values)
     if values.dtype == np.int8:
         return np.asarray(values == -128)
-    return np.asarray(~(np.isfinite(values) & (values >= 0)))
+    return np.asarray(~((values >= 0) & (values <= MOST)))
 
 
 def inconsistent_states(code: Int[np.ndarray, "*n w"], scale: Float[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:

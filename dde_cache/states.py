@@ -11,6 +11,9 @@ from torch import Tensor
 
 LEVELS = 127
 
+MOST = float.fromhex("0x1.020406p+121")
+"""Bound of a scale: the largest float32 whose product with LEVELS is one too."""
+
 LEAST = 2.0**-100
 """A vector without a number of at least this magnitude is taken for 0: its scale would have few bits, or none."""
 
@@ -19,7 +22,7 @@ def encode_int8(vectors: Float[Tensor, "*n w"]) -> tuple[Int8[Tensor, "*n w"], F
     """Codes and scales of finite vectors."""
     wide = vectors.float()
     largest = wide.abs().amax(-1)
-    scale = torch.where(largest >= LEAST, largest / LEVELS, 0.0)
+    scale = torch.where(largest >= LEAST, largest / LEVELS, 0.0).clamp(max=MOST)
     # The largest number is LEVELS but for the last bit of a division; rounding takes that back.
     code = (wide / torch.where(scale > 0, scale, 1.0)[..., None]).round().clamp(-LEVELS, LEVELS)
     return torch.where(scale[..., None] > 0, code, 0.0).to(torch.int8), scale

@@ -134,7 +134,7 @@ def parse(command: str) -> None:
         name = f"{name} {word}".strip()
     one.make_context(name, list(rest), parent=context)
     fields = {field for model in SETTINGS.get(name, ()) for field in model.model_fields}
-    given = [after.partition("=")[0] for before, after in pairwise(rest) if before == "--set"]
+    given = [re.split(r"[=.]", after)[0] for before, after in pairwise(rest) if before == "--set"]
     assert set(given) <= fields, command
 
 

@@ -81,6 +81,15 @@ def test_the_bound_is_reached():
     assert 0.49 < float(error) <= 0.5
 
 
+def test_the_largest_numbers_stay_finite():
+    most = torch.finfo(torch.float32).max
+    code, scale = encode_int8(torch.tensor([[most, -most / 2]]))
+    assert decode_int8(code, scale).isfinite().all()
+    assert not unsafe_states(scale.numpy()).any()
+    assert unsafe_states(np.nextafter(scale.numpy(), np.float32(np.inf))).all()
+    assert unsafe_states(np.float32([np.nan, np.inf, -1])).all()
+
+
 def test_vectors_of_nothing_and_of_very_little():
     code, scale = encode_int8(torch.tensor([[0.0, -0.0], [2.0**-140, 0.0], [2.0**-90, 0.0]]))
     assert code.tolist() == [[0, 0], [0, 0], [127, 0]]
