@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dde_cache import __version__
+from dde_cache.canonical import hash_json
 from dde_cache.distill import TrainConfig
 from dde_cache.samples import Shard
 from dde_cache.sources import OnlineTargets, Targets, caches_of
-from dde_cache.spec import hash_json
 from dde_cache.student import DualEncoder
 
 CARD = "README.md"
