@@ -12,7 +12,6 @@ CORE = sorted((ROOT / "dde_cache").rglob("*.py"))
 PRODUCT = [*CORE, *sorted((ROOT / "cli").glob("*.py"))]
 
 ORDER = (
-<<<<<<< HEAD
     "errors", "files", "canonical", "spec", "pages", "configs", "attention", "blocks", "codec", "states", "mirror",
     "bounds", "images", "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays", "unit",
     "candidates", "preprocess", "tokens", "vilt", "teachers", "views", "passes", "partners", "audit", "drift",
@@ -25,21 +24,6 @@ ORDER = (
     "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery", "figures", "compare", "sheet",
     "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "graphs",
     "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",
-=======
-    "errors", "files", "canonical", "spec", "pages", "configs", "attention", "blocks", "codec", "states",
-    "mirror", "bounds", "images", "tars", "samples", "write_shards", "stream", "chunks", "layout", "arrays",
-    "unit", "candidates", "preprocess", "tokens", "vilt", "teachers", "views", "passes", "partners", "audit",
-    "drift", "assets", "manifest", "store", "card", "network", "remote", "fetch", "streamed", "hub", "objects",
-    "share", "staging", "subset", "merge", "checkpoint", "teacher", "towers", "student", "initial", "ranks",
-    "contrast", "pretext", "losses", "align", "join", "lookup", "targets", "agreement", "batches", "terms",
-    "encoder", "records", "buckets", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock",
-    "fit", "choices", "sources", "match", "distill", "several", "pretraining", "model_card", "presets", "teach",
-    "identity", "plan", "extract", "recompute", "verify", "matching", "scoring", "repair", "summary", "importers",
-    "asked", "prepare", "ready", "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery",
-    "figures", "compare", "sheet", "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings",
-    "embed", "predict", "search", "graphs", "export", "demo", "equivalence", "cells", "testbeds", "outcomes",
-    "claims", "study", "study_report",
->>>>>>> towers
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
