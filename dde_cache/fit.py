@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from dde_cache.clock import Clock
 from dde_cache.errors import RunError
 from dde_cache.interrupt import FinishStep
 from dde_cache.optimizer import parameter_groups, rate_at
-from dde_cache.ranks import Ranks
+from dde_cache.ranks import Ranks, accelerator
 from dde_cache.runs import CHECKPOINTS, METRICS, FitConfig, Metrics
 from dde_cache.stream import Share
 from dde_cache.terms import Losses, Objective
@@ -124,7 +123,7 @@ class Fit:
                 f"expected a batch of at least one pair for each of {self._ranks.count} ranks x accumulate "
                 f"{config.accumulate}, got batch_size {config.batch_size}; raise it, or lower accumulate"
             )
-        self._accelerator = _accelerator(config.precision)
+        self._accelerator = accelerator(config.precision)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
@@ -333,10 +332,3 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise RunError(f"{folder}: expected to write a checkpoint, got {error}; make room and --resume") from error
-
-
-def _accelerator(precision: str) -> Accelerator:
-    try:
-        return Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        raise RunError(f"expected a precision that this device can do, got {precision!r}: {error}") from error

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
@@ -153,3 +154,23 @@ def _clear_errors() -> Iterator[None]:
             f"expected an answer of every rank, but one has stopped ({first}); its own message says why; go on with "
             "--resume"
         ) from error
+
+
+def accelerator(precision: str) -> Accelerator:
+    """What runs the model in a precision.
+
+    Raises:
+        RunError: the device cannot do it.
+    """
+    # What accelerate knows is shared by the process, and holds the precision of a run that has ended.
+    AcceleratorState._reset_state()
+    try:
+        made = Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise RunError(f"expected a precision that this device can do, got {precision!r}: {error}") from error
+    # On a CPU accelerate takes fp16 without a word, and runs in float32.
+    if precision == "fp16" and made.scaler is None:
+        raise RunError(
+            f"expected a precision that this device can do, got 'fp16' on {made.device}; use --precision bf16 or no"
+        )
+    return made

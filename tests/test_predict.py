@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import LABELS, cli, make_samples, make_shards
@@ -74,9 +75,12 @@ def fails(*arguments, expected):
 
 def test_answers_are_those_of_evaluation(place, student):
     shards = open_shards(place / "shards")
-    dataset = PairDataset(shards, PairTable.of(shards), student.preprocessor, LABELS)
+    table = PairTable.of(shards)
+    dataset = PairDataset(shards, table, student.preprocessor, LABELS)
     run = output_of(student.model)
-    expected = evaluate(lambda batch: run(batch).logits, dataset).logits.softmax(-1)
+    with torch.inference_mode():
+        expected = run(dataset.__getitems__([*range(len(table))])).logits.softmax(-1)
+    assert torch.equal(evaluate(lambda batch: run(batch).logits, dataset).answer, expected.argmax(-1))
     questions = read_questions(place / "shards")
     answers = list(predict(student, EmbeddingStore(place / "run-images"), questions))
     assert [(one.key, one.slot, one.text) for one in answers] == [(one.key, one.slot, one.text) for one in questions]
