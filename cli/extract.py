@@ -70,7 +70,9 @@ def extract(
     workers: int | None = typer.Option(None, help="Processes that read ahead. Default 0."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, ... Default cpu."),
     plan: bool = typer.Option(False, "--plan", help="Only predict size and time, from a random sample."),
-    sample: int = typer.Option(SAMPLE, min=1, help="With --plan: pairs that are encoded for it."),
+    sample: int | None = typer.Option(
+        None, min=1, help=f"With --plan: pairs that are encoded for it. Default {SAMPLE}."
+    ),
     disk_check: bool = typer.Option(
         True, "--disk-check/--no-disk-check", help="Refuse to begin what the disk cannot hold."
     ),
@@ -82,6 +84,8 @@ def extract(
         _refuse_others(given)
         _score(open_shards(shards), teacher, out, candidates, ScoreConfig(**_chosen(dtype, batch_size, device)), json)
         return
+    if sample is not None and not plan:
+        raise InputError("expected --sample together with --plan, which encodes a sample alone")
     if k is not None and (mass is not None or max_k is not None):
         raise InputError("expected --k, or --mass with --max-k, got both: the first fixes the keys of a row")
     if max_k is not None and mass is None:
@@ -92,7 +96,7 @@ def extract(
         assignments=("k=null",) if k == "all" else (),
         k=_kept(k) if mass is None else max_k or MAX_K,
         mass=mass,
-        targets=None if targets is None else tuple(targets.split(",")),
+        targets=None if targets is None else tuple(one.strip() for one in targets.split(",")),
         states=states,
         layers=layer_numbers(layers),
         weights=weights,
@@ -111,7 +115,7 @@ def extract(
     opened = open_shards(shards)
     if plan:
         with working("plan"):
-            planned = plan_extraction(opened, teacher, out, settings, sample)
+            planned = plan_extraction(opened, teacher, out, settings, sample or SAMPLE)
         if json:
             print_json(planned)
         else:
@@ -126,7 +130,7 @@ def extract(
 
 
 _SCORING = (
-    "shards", "teacher", "out", "candidates", "dtype", "batch_size", "device", "json", "quiet", "plan", "sample",
+    "shards", "teacher", "out", "candidates", "dtype", "batch_size", "device", "json", "quiet", "plan",
     "disk_check",
 )  # fmt: skip
 """Options that mean something with `--candidates`, and those that have defaults."""

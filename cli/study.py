@@ -11,6 +11,7 @@ from rich.table import Table
 from dde_cache.cells import FAMILIES, chosen, ordered
 from dde_cache.claims import StudyReport, points
 from dde_cache.errors import InputError
+from dde_cache.outcomes import finished_seeds
 from dde_cache.study import CONFIG, Skipped, read_study, run_study
 from dde_cache.study_report import REPORT, TABLE, skipped_line, sum_up, write_plots
 from dde_cache.testbeds import TESTBEDS, study_config
@@ -24,14 +25,16 @@ def study(
     config: Path | None = typer.Option(None, help="YAML file of settings; a study's own study.yaml repeats it."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value, as train.steps=300."),
     families: str | None = typer.Option(None, help=f"Cells, with commas: {','.join(FAMILIES)}. Default: all."),
-    seeds: int = typer.Option(5, min=1, help="Runs of each cell."),
+    seeds: int | None = typer.Option(
+        None, min=1, help="Runs of each cell. Default 5; with --report-only, all that are finished."
+    ),
     budget: float | None = typer.Option(None, min=0, help="Minutes; what does not fit is skipped, and named."),
     report_only: bool = typer.Option(False, "--report-only", help="Train nothing; sum up what is finished."),
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Train students that differ in one thing, with several seeds, and say what that shows."""
     cells = chosen(None if families is None else families.split(","))
-    runs = ordered(cells, seeds)
+    runs = ordered(cells, seeds or (finished_seeds(out) if report_only else 5))
     begun = (out / CONFIG).is_file()
     given = (testbed, config) != (None, None) or set_
     if report_only and given:

@@ -28,8 +28,11 @@ def verify(
     """Judge CACHE: every hash, checksum and bound. Exit code 0 where it is sound, 1 where not."""
     shards = None if against is None else open_shards(against)
     if is_scores(cache):
-        if teacher is not None:
-            raise InputError(f"{cache}: expected a cache with --teacher; scores of candidates are not recomputed")
+        if teacher is not None or fast:
+            raise InputError(
+                f"{cache}: expected a cache with --teacher or --fast; scores of candidates are judged whole, and not "
+                "recomputed"
+            )
         _give(verify_scores(cache, shards), json)
         return
     with byte_progress("{task.fields[name]}") as bar:

@@ -168,13 +168,18 @@ def aligned_log(
 def without_keys(teacher: Attention, held: Bool[Tensor, "b k"]) -> Attention:
     """The teacher's rows over the keys that are `held` alone, with sum 1 again.
 
-    What sparse rows hold of a dropped key in their tail is not known (it is at most the smallest kept weight): it stays
-    there. A row that has nothing else is 0 everywhere, and adds nothing to a loss.
+    What sparse rows hold of a dropped key in their tail is not known. So the tail is what it was, but at most the
+    smallest kept weight for each held key that was not kept: nothing, where all of them were. A row that has nothing
+    else is 0 everywhere, and adds nothing to a loss.
     """
     if not isinstance(teacher, SparseAttention):
         rows = torch.where(held[:, None, None, :], teacher, 0.0)
         return rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     there = held[:, None, None, :].expand(*teacher.index.shape[:3], -1).gather(-1, teacher.index.long())
     weight = torch.where(there, teacher.weight, 0.0)
-    total = (weight.sum(-1) + teacher.tail).clamp_min(torch.finfo(weight.dtype).tiny)
-    return SparseAttention(teacher.index, weight / total[..., None], teacher.tail / total)
+    kept = teacher.weight > 0
+    left = held.sum(-1)[:, None, None] - (there & kept).sum(-1)
+    smallest = torch.where(kept, teacher.weight, torch.inf).amin(-1)
+    tail = torch.where(left > 0, torch.minimum(teacher.tail, left * smallest), 0.0)
+    total = (weight.sum(-1) + tail).clamp_min(torch.finfo(weight.dtype).tiny)
+    return SparseAttention(teacher.index, weight / total[..., None], tail / total)

@@ -180,8 +180,8 @@ def _better(compare: _Comparison, base: str) -> Claim:
     verdict: ClaimVerdict = "not enough data"
     if difference.enough(needs):
         verdict = (
-            "established" if difference.low > 0
-            else "refuted" if difference.equal_high < needs.margin else verdict
+            "refuted" if difference.equal_high < needs.margin
+            else "established" if difference.low > 0 else verdict
         )  # fmt: skip
     return Claim(claim=claim, verdict=verdict, because=points(difference) + _short_of([difference], needs))
 

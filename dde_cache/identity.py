@@ -278,10 +278,15 @@ def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str
 
 def _configuration(teacher: FusionTeacher) -> dict[str, Any]:
     """A teacher's configuration without what depends on the library's version or on where the teacher lay."""
-    shape = teacher.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype"):
-        shape.pop(name, None)
-    return json.loads(json.dumps(shape, default=str))
+    return _without_place(json.loads(json.dumps(teacher.config.to_dict(), default=str)))
+
+
+def _without_place(value: Any) -> Any:
+    """The same JSON without such names, in the configurations of a model's parts too."""
+    if isinstance(value, dict):
+        left = ("transformers_version", "_name_or_path", "architectures", "dtype")
+        return {name: _without_place(inner) for name, inner in value.items() if name not in left}
+    return [_without_place(inner) for inner in value] if isinstance(value, list) else value
 
 
 def save_assets(teacher: FusionTeacher, folder: Path) -> None:

@@ -206,7 +206,12 @@ def nearest(
         queries, others: vectors.
         true: for each query, the rows that are left out.
         top: how many; where there are fewer, -1 behind them.
+
+    Raises:
+        RunError: vectors are not finite.
     """
+    if not (np.isfinite(queries).all() and np.isfinite(others).all()):
+        raise RunError("expected finite vectors from the student, got others; its training has failed")
     left, right = (_normalised(side) for side in (queries, others))
     found = np.full((len(left), top), -1, np.int64)
     step = max(_BLOCK // max(len(right), 1), 1)

@@ -101,6 +101,12 @@ def finished(folder: Path, name: str) -> bool:
     return (folder / RESULTS / f"{name}.json").is_file()
 
 
+def finished_seeds(folder: Path) -> int:
+    """How many seeds the runs of a study go to that are finished, at least 1."""
+    names = [path.stem.rpartition(".")[2] for path in (folder / RESULTS).glob("*.json")]
+    return max((int(name) + 1 for name in names if name.isdecimal()), default=1)
+
+
 def has_answers(folder: Path, name: str) -> bool:
     """Whether answers of this name are kept."""
     return (folder / RESULTS / f"{name}.npz").is_file()

@@ -113,7 +113,13 @@ class Preprocessor:
         Raises:
             TeacherError: it does.
         """
-        made = self._process(Image.new("RGB", (2 * side, 2 * side))).shape[1:]
+        try:
+            made = self._process(Image.new("RGB", (2 * side, 2 * side))).shape[1:]
+        except (InputError, AttributeError, LookupError, TypeError) as error:
+            raise TeacherError(
+                f"expected an image processor that makes pictures of {side} x {side} px, but it makes none: {error}; "
+                "look at size and crop_size in the teacher's processor_config.json (BridgeTower's wants shortest_edge)"
+            ) from error
         if made != (side, side):
             raise TeacherError(
                 f"the image processor makes pictures of {made[1]} x {made[0]} px, but the teacher reads {side} x "

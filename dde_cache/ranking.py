@@ -183,6 +183,10 @@ def check_ranking(
             + ("a weight alone; pass --candidates SCORES" if scores is None else "candidates alone")
         )
     if scores is None:
+        fields = TrainConfig.model_fields
+        idle = [n for n in ("ranking_temperature", "ranking_top") if getattr(config, n) != fields[n].default]
+        if idle:
+            raise InputError(f"expected {' and '.join(idle)} together with --candidates, whose ranking they are of")
         return
     if task.head != "similarity":
         raise InputError(f"expected --candidates with --task retrieval, got {config.task}: it compares no vectors")

@@ -121,6 +121,10 @@ def _matched(
     """How a student's tokens stand to the teacher's."""
     axes = axes_of(student, tokens, config)
     found: list[str] = []
+    if config.missing_tokens == "drop" and (axes.alike or not config.attention_weight):
+        raise InputError(
+            "expected missing_tokens drop where attention is compared on other tokens than the teacher's; leave it out"
+        )
     if config.attention_weight and not axes.alike:
         picture = shards[0].read(shards[0].keys[0]).images[0]
         found += describe_axes(student, axes, plan.preprocessor.grid(*picture.size()))

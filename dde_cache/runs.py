@@ -107,7 +107,7 @@ def open_run(
     path = folder / CONFIG
     values = config.model_dump(mode="json")
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(map(_is_something, folder.iterdir()))):
+        if folder.exists() and (not folder.is_dir() or not all(_is_left(one, inputs) for one in folder.iterdir())):
             what = "holds a run" if path.exists() else "is not empty and no run of ours"
             advice = "choose another --out" + (", or pass --resume" if path.exists() else "")
             raise RunError(f"{folder}: expected a new or empty folder, but it {what}; {advice}")
@@ -122,6 +122,8 @@ def open_run(
         raise RunError(f"{folder}: expected a run to resume, found none; start without --resume")
     try:
         begun = {**yaml.safe_load(path.read_text()), **json.loads((folder / INPUTS).read_text())}
+        # Settings that came after the run began had no other value then.
+        begun = json.loads(json.dumps(_defaults(config))) | begun
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{folder}: its {CONFIG} or {INPUTS} cannot be read: {error}; choose another --out") from error
     differences = [
@@ -133,9 +135,20 @@ def open_run(
         raise RunError(f"{folder}: --resume needs what the run was begun with:{bullet_list(differences, 20)}")
 
 
-def _is_something(path: Path) -> bool:
-    """Whether a file is more than what a run leaves that is killed before it has begun."""
-    return path.name != INPUTS and not (path.name.startswith((f".{INPUTS}.", f".{CONFIG}.")))
+def _is_left(path: Path, inputs: Mapping[str, str | int | None] | None) -> bool:
+    """Whether a file is what a run with such inputs leaves that is killed before it has begun."""
+    if path.name != INPUTS or not path.is_file():
+        return path.is_file() and path.name.startswith((f".{INPUTS}.", f".{CONFIG}."))
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.keys() == (inputs or {}).keys()
+
+
+def _defaults(config: FitConfig) -> dict[str, Any]:
+    """The values of settings that have one where nothing is said."""
+    return {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
 
 
 def _summary_writer() -> Any:

@@ -163,6 +163,14 @@ def test_dropped_keys_leave_rows_that_sum_to_one(keys, k, data):
     assert ((total - 1).abs() < 1e-5).logical_or(total == 0).all()
     kept = densify(some, keys)
     assert not kept[..., ~held[0]].any()
+    if not (held[0] & (densify(sparsify(rows, min(k, keys)), keys) == 0)).any():
+        torch.testing.assert_close(kept, dense)  # every key that is left was kept
+    else:
+        # No key of the tail weighs more than the smallest that was kept.
+        spare = (held[0] & (densify(sparsify(rows, min(k, keys)), keys) == 0)).sum(-1)
+        least = torch.where(some.weight > 0, some.weight, torch.inf).amin(-1)
+        known = (some.weight > 0).all(-1)
+        assert (some.tail <= spare * least + 1e-5)[known].all()
     # What is known keeps its proportions.
     both = (kept > 0) & (dense > 0)
     ratio = torch.where(both, kept / dense, torch.nan)

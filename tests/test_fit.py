@@ -203,6 +203,15 @@ def test_a_precision_that_the_device_lacks(tmp_path):
         fit(tmp_path, precision="fp16")
 
 
+def test_a_run_that_was_begun_before_a_setting_was_there(tmp_path):
+    open_run(tmp_path, FitConfig(), resume=False)
+    lines = (tmp_path / "config.yaml").read_text().splitlines(keepends=True)
+    (tmp_path / "config.yaml").write_text("".join(line for line in lines if not line.startswith("weight_decay")))
+    open_run(tmp_path, FitConfig(), resume=True)
+    with pytest.raises(RunError, match=r"weight_decay: begun with 0.01, now 0.5"):
+        open_run(tmp_path, FitConfig(weight_decay=0.5), resume=True)
+
+
 def test_a_run_that_is_there(tmp_path):
     open_run(tmp_path / "run", FitConfig(), resume=False)
     with pytest.raises(RunError, match="holds a run; choose another --out, or pass --resume"):
@@ -214,5 +223,10 @@ def test_a_run_that_is_there(tmp_path):
     (tmp_path / "other" / "thesis.docx").write_text("precious")
     with pytest.raises(RunError, match="is not empty and no run of ours"):
         open_run(tmp_path / "other", FitConfig(), resume=False)
+    (tmp_path / "other" / "thesis.docx").rename(tmp_path / "other" / "inputs.json")
+    for content in ("precious", '{"precious": 1}'):
+        (tmp_path / "other" / "inputs.json").write_text(content)
+        with pytest.raises(RunError, match="is not empty and no run of ours"):
+            open_run(tmp_path / "other", FitConfig(), resume=False, inputs={"shards": "a"})
     with pytest.raises(RunError, match="expected a run to resume, found none"):
         open_run(tmp_path / "other", FitConfig(), resume=True)

@@ -118,6 +118,11 @@ def test_few_candidates_leave_places_empty():
     assert near.tolist() == [[1, 2, -1, -1], [-1] * 4, [2, 0, 1, -1]]
 
 
+def test_a_student_of_no_numbers_mines_nothing():
+    with pytest.raises(RunError, match="expected finite vectors from the student"):
+        nearest(np.full((2, 3), np.nan), np.eye(3), {}, 2)
+
+
 def test_blocks_do_not_change_what_is_nearest(monkeypatch):
     random = np.random.default_rng(0)
     texts, pictures = (random.normal(size=(30, 8)).astype(np.float32) for _ in range(2))
@@ -233,6 +238,7 @@ def test_a_killed_extraction_leaves_nothing_half_written(shards, mined, matcher,
     assert json.loads(done.out)["units_kept"] == 2
     assert tree(out) == tree(whole)
     assert cli("verify", out, "--against", data).code == 0
+    assert "expected a cache with --teacher or --fast" in cli("verify", out, "--fast").message
 
 
 def test_verify_finds_every_flipped_byte(scored, tmp_path):
@@ -401,6 +407,8 @@ def test_candidates_are_learned_bit_for_bit_after_a_stop(shards, scored, run, sa
 
 def test_ranking_wants_candidates_and_vectors(shards, scored, tmp_path, teacher_folder):
     cache = make_cache(shards, teacher_folder, tmp_path / "cache")
+    with pytest.raises(InputError, match="expected ranking_top together with --candidates"):
+        train(shards, CachedTargets(cache), tmp_path / "run", TrainConfig(**QUICK | {"ranking_top": 1}))
     with pytest.raises(InputError, match="got candidates alone"):
         train(shards, CachedTargets(cache), tmp_path / "run", TrainConfig(**QUICK), candidates=scored)
     answers = TrainConfig(**QUICK | {"task": "classification", "ranking_weight": 1.0})

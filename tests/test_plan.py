@@ -128,6 +128,7 @@ def test_the_command(shards, teacher_folder, tmp_path, small_disk):
     assert 16 <= report["sampled_pairs"] <= 32
     small_disk(1000)
     assert "NOT ENOUGH" in cli(*arguments, "--batch-size", 8, "--plan", "--sample", 16).out
+    assert "expected --sample together with --plan" in cli(*arguments, "--sample", 16).message
     refused = cli(*arguments, "--batch-size", 8)
     assert refused.code == 1
     assert "--no-disk-check" in refused.message

@@ -62,6 +62,8 @@ def test_a_study_is_summed_up_again_without_training(whole):
     before = tree(whole)
     printed = done("study", "--out", whole, "--families", "online", "--seeds", 2, "--report-only", "--json").out
     assert json.loads(printed) == json.loads(before["report.json"])
+    every = done("study", "--out", whole, "--families", "online", "--report-only", "--json").out
+    assert json.loads(every) == json.loads(printed), "all seeds that are finished, where none are named"
     assert tree(whole) == before
 
 
@@ -282,6 +284,14 @@ def test_claims_that_are_false_are_refuted():
     assert found["cached equals online"] == "refuted"
     assert found["top-8 equals dense"] == "refuted"
     assert found["distilled keeps 99% of the teacher"] == "refuted"
+
+
+def test_a_gain_that_is_certain_and_small_is_no_gain():
+    report, found = verdicts(outcomes_of(GOOD | {"t2i alone": 0.984}, noise=0.0))
+    row = next(one for one in report.rows if one.cell == "t2i alone")
+    assert row.difference.high < 0
+    assert row.verdict == "equal"
+    assert found["both directions beat t2i alone"] == "refuted"
 
 
 def test_a_set_on_which_a_plain_student_is_as_good_proves_nothing():

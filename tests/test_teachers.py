@@ -1,5 +1,6 @@
 """The contract of every family of teachers. The oracle is the stock model of Hugging Face, run as it stands."""
 
+import json
 from functools import cache, partial
 
 import pytest
@@ -359,6 +360,23 @@ def test_a_target_specification_says_what_the_family_has(of_pictures):
     assert TargetSpec.model_validate(spec.model_dump()) == spec
 
 
+def test_where_a_teacher_lay_is_no_part_of_what_it_is(of_pictures, tmp_path):
+    """Configurations of a model's parts repeat such names."""
+    of_pictures.model.save_pretrained(tmp_path)
+    of_pictures.preprocessor.save(tmp_path)
+
+    def moved(value):
+        if not isinstance(value, dict):
+            return value
+        own = {"_name_or_path": "/elsewhere"} if "model_type" in value else {}
+        return {name: moved(inner) for name, inner in value.items()} | own
+
+    shape = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(moved(shape)))
+    there, here = (target_spec(one, ExtractConfig()) for one in (FusionTeacher.load(tmp_path), of_pictures))
+    assert there.teacher.config == here.teacher.config
+
+
 @pytest.mark.parametrize(
     ("options", "has", "message"),
     [
@@ -427,6 +445,15 @@ def test_a_processor_of_another_size_is_refused(name, tmp_path):
     model.save_pretrained(tmp_path)
     type(processor)(images, processor.tokenizer).save_pretrained(tmp_path)
     with pytest.raises(TeacherError, match=r"makes pictures of 24 x 24 px, but the teacher reads 36 x\s+36 px"):
+        FusionTeacher.load(tmp_path)
+
+
+def test_a_processor_that_makes_nothing_is_refused(tmp_path):
+    model, processor = BUILDERS["bridgetower"]()
+    model.save_pretrained(tmp_path)
+    images = type(processor.image_processor)(crop_size={"height": SIDE, "width": SIDE}, size_divisor=PATCH)
+    type(processor)(images, processor.tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match="look at size and crop_size"):
         FusionTeacher.load(tmp_path)
 
 

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from pipeline import LABELS, cli, make_cache, make_samples, make_shards, tree, whole_batch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertModel, ResNetConfig, ResNetModel, ViTModel
+from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel, BertModel, ResNetConfig, ResNetModel, ViTModel
 
 from dde_cache.align import Axes
 from dde_cache.attention import densify
@@ -286,6 +286,35 @@ def test_patches_in_another_order_are_refused(tmp_path, monkeypatch):
             read_image_tower(str(folder), RUN_IMAGES)
 
 
+def test_models_that_would_learn_nothing_or_be_lost_are_refused(tmp_path):
+    """One vector for all texts; weights that are saved once and used twice."""
+    back = save_text_encoder(tmp_path / "back", is_decoder=True)
+    without(back, "pooler")
+    with pytest.raises(TeacherError, match="expected a text encoder that looks both ways"):
+        read_text_tower(str(back))
+    small = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3}
+    BartModel(BartConfig(vocab_size=20, max_position_embeddings=16, **small, **heads)).save_pretrained(tmp_path / "two")
+    vilt_processor().tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(TeacherError, match="expected an encoder with weights of its own, got BartModel"):
+        read_text_tower(str(tmp_path / "two"))
+
+
+def test_without_a_token_before_the_patches_their_mean_is_the_picture(tmp_path):
+    folder = save_image_encoder(tmp_path, "aimv2", use_head=False)
+    tower = image_tower(folder)
+    batch = pixel_batch(picture(36, 36, 1), picture(36, 36, 2))
+    output = tower(batch.pixels, batch.grid)
+    torch.testing.assert_close(output.pooled, output.states.mean(1))
+
+
+def test_a_filter_that_is_not_known_is_refused(tmp_path):
+    image_model("vit").save_pretrained(tmp_path)
+    image_processor(resample=0).save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match="expected a processor that resizes bilinearly or bicubically"):
+        read_image_tower(str(tmp_path), RUN_IMAGES)
+
+
 def test_sentence_encoders_that_are_means_stay_means(tmp_path):
     folder = save_text_encoder(tmp_path)
     (folder / "1_Pooling").mkdir()
@@ -403,6 +432,7 @@ def test_what_is_refused_before_training(shards, cache, folders):
     refused(r"15 tokens of the teacher have no counterpart(.|\n)*'\[CLS\]' in", text="bare")
     refused("grid of 4 x 4 patches .* got 3 x 3; train with --grids resample", image="dinov2", grids="refuse")
     refused(r"tokens of its own for pictures(.|\n)*remap_flips", image="dinov2", remap_flips=True)
+    refused("expected missing_tokens drop where attention is compared on other tokens", missing_tokens="drop")
     refused("--init for twins", text="fits", image="dinov2", init="somewhere/else")
     ready_with(shards, cache, folders["letters"], folders["siglip"], attention_weight=0.0)  # nothing is compared
 

@@ -39,7 +39,7 @@ _EAGER = ("aimv2_text_model",)
 """Models whose fused attention forgets their mask: AIMv2's text model looks back only, but both ways in a batch without
 padding (transformers 5.23), so that a text's vector would depend on the texts beside it."""
 
-WHOLE_LENGTH = ("siglip_text_model", "siglip2_text_model")
+WHOLE_LENGTH = ("siglip_text_model",)
 """Text models that were trained on texts padded to their full length, without a mask: they pool the last position."""
 
 _UNSTABLE = ("transformers_version", "_name_or_path", "architectures", "dtype", "_attn_implementation_autoset")

@@ -79,6 +79,8 @@ def read_text_tower(name: str, dropout: float = 0.0) -> TextSource:
         model=plain_config(model.config, dropout), length=length, pooling=pooling, pad=int(tokenizer.pad_token_id)
     )
     _check_end(name, model, tokenizer)
+    if pooling == "first":
+        _check_looks_ahead(name, model, tokenizer)
     return TextSource(shape, model.state_dict(), tokenizer)
 
 
@@ -102,7 +104,8 @@ def read_image_tower(name: str, reads: Any, dropout: float = 0.0) -> ImageSource
     try:
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         wants, run = Scale.of(processor), Scale.of(reads)
-        resample = FILTERS.get(int(getattr(processor, "resample", None) or 2))
+        kind = getattr(processor, "resample", None)
+        resample = FILTERS.get(2 if kind is None else int(kind))
     except _UNREADABLE as error:
         raise TeacherError(
             f"{name}: expected an image processor beside the encoder (preprocessor_config.json) with mean and std: "
@@ -111,6 +114,8 @@ def read_image_tower(name: str, reads: Any, dropout: float = 0.0) -> ImageSource
     if resample is None:
         raise TeacherError(f"{name}: expected a processor that resizes bilinearly or bicubically")
     first, side = _check_order(name, model, size)
+    # Without a token before the patches the first one is the picture's corner.
+    pooling = "mean" if (pooling, first) == ("first", 0) else pooling
     shape = ImageShape(
         model=plain_config(model.config, dropout),
         pooling=pooling,
@@ -142,6 +147,12 @@ def _read_model(path: str, half: str, dropout: float) -> tuple[PreTrainedModel, 
             f"{path}: expected a folder or hub id of a Hugging Face {half} encoder (config.json, model.safetensors), "
             f"but it cannot be read: {_first(error)}"
         ) from error
+    tensors = [tensor.data_ptr() for tensor in found.state_dict().values() if tensor.numel()]
+    if getattr(found.config, "is_encoder_decoder", False) or len(set(tensors)) < len(tensors):
+        raise TeacherError(
+            f"{path}: expected an encoder with weights of its own, got {type(found).__name__}, which has a decoder or "
+            "ties some of them together: what is saved of it would not be what was trained"
+        )
     prefix = f"{half}_model." if both else ""
     lost = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     lost = [name.removeprefix(prefix) for name in lost if name.startswith(prefix)]
@@ -187,6 +198,20 @@ def _check_end(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
         raise TeacherError(
             f"{name}: it pools the token that ends a text (eos_token_id {end}), but its tokenizer ends texts with "
             f"{ids[-1]}; they do not belong together"
+        )
+
+
+@torch.inference_mode()
+def _check_looks_ahead(name: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a model whose first token, which is pooled, sees itself alone: every text would have one vector."""
+    words = int(model.get_input_embeddings().weight.shape[0])
+    begin = tokenizer("a")["input_ids"][:2]
+    ids = torch.tensor([[*begin, words - 1], [*begin, words - 2]])
+    states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    if torch.equal(states[0, 0], states[1, 0]):
+        raise TeacherError(
+            f"{name}: expected a text encoder that looks both ways, got one that looks back only and would be pooled "
+            "by its first token, which is the same for all texts; choose an encoder (BERT, MiniLM, CLIP's text half)"
         )
 
 
