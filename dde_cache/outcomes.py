@@ -8,7 +8,6 @@ STUDY/results/CELL.SEED.json  its figures: a run with this file is finished
 """
 
 import io
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from jaxtyping import Bool, Int
 from pydantic import Field, ValidationError
 
 from dde_cache.errors import RunError
-from dde_cache.files import partial_path
+from dde_cache.manifest import write_bytes
 from dde_cache.spec import Model
 
 RESULTS = "results"
@@ -63,24 +62,6 @@ class Outcomes:
     correct: Mapping[str, Mapping[int, Bool[np.ndarray, " n"]]] = field(default_factory=dict)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_questions(folder: Path, questions: Questions) -> None:
     """Keep the test questions of a study in `folder`."""
     _write_arrays(folder / RESULTS / f"{QUESTIONS}.npz", picture=questions.picture, kind=questions.kind)
@@ -93,6 +74,7 @@ def write_correct(folder: Path, name: str, correct: Bool[np.ndarray, " n"]) -> N
 
 def write_result(folder: Path, name: str, result: StudyResult) -> None:
     """Say that a run is finished, after its answers were kept."""
+    (folder / RESULTS).mkdir(parents=True, exist_ok=True)
     write_bytes(folder / RESULTS / f"{name}.json", (result.model_dump_json(indent=1) + "\n").encode())
 
 
@@ -160,6 +142,7 @@ def _read_correct(folder: Path, name: str, questions: int) -> Bool[np.ndarray, "
 def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, stream.getvalue())
 
 

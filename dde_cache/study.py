@@ -25,6 +25,7 @@ from dde_cache.evaluate import Subject, load_subject
 from dde_cache.extract import ExtractConfig, ExtractProgress, extract
 from dde_cache.fit import Progress
 from dde_cache.importers.common import Source, import_samples
+from dde_cache.manifest import write_bytes
 from dde_cache.outcomes import (
     QUESTIONS,
     TEACHER_ANSWERS,
@@ -33,7 +34,6 @@ from dde_cache.outcomes import (
     finished,
     has_answers,
     read_result,
-    write_bytes,
     write_correct,
     write_questions,
     write_result,
@@ -104,6 +104,7 @@ def open_study(out: Path, config: StudyConfig) -> None:
     if not path.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise RunError(f"{out}: expected a new or empty folder, or a study; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
         write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
         return
     begun = read_study(out).model_dump(mode="json")

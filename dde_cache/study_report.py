@@ -6,7 +6,8 @@ from pathlib import Path
 from dde_cache.cells import CELLS, DEFAULT, FAMILIES, Cell, Run
 from dde_cache.claims import SkippedRun, StudyReport, StudyRow, points, study_report
 from dde_cache.figures import Point, scatter_svg
-from dde_cache.outcomes import read_outcomes, write_bytes
+from dde_cache.manifest import write_bytes
+from dde_cache.outcomes import read_outcomes
 from dde_cache.study import Skipped
 from dde_cache.testbeds import GROUPS, StudyConfig
 
