@@ -9,6 +9,9 @@ from typing import Any
 MAX_JSON = 64 * 2**20
 """Bytes of JSON that are parsed: a manifest of 200,000 units has 60 MB."""
 
+PLACE = ("transformers_version", "_name_or_path", "architectures", "dtype")
+"""What a model's configuration says of the library's version and of where the model lay."""
+
 
 def parse_json(content: bytes, limit: int = MAX_JSON) -> Any:
     """Parse JSON that may come from anybody.
@@ -66,3 +69,10 @@ def hash_keys(keys: Iterable[str]) -> str:
     for key in keys:
         digest.update(f"{key}\n".encode())
     return digest.hexdigest()
+
+
+def without_place(value: Any) -> Any:
+    """A model's configuration as JSON without these names, in the configurations of its parts too."""
+    if isinstance(value, dict):
+        return {name: without_place(inner) for name, inner in value.items() if name not in PLACE}
+    return [without_place(inner) for inner in value] if isinstance(value, list) else value

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from dde_cache.assets import LABELS, TEACHER_CONFIG
+from dde_cache.canonical import without_place
 from dde_cache.drift import versions
 from dde_cache.errors import InputError, bullet_list
 from dde_cache.partners import EXCHANGED
@@ -278,15 +279,7 @@ def _groups(teacher: FusionTeacher, config: ExtractConfig) -> dict[str, dict[str
 
 def _configuration(teacher: FusionTeacher) -> dict[str, Any]:
     """A teacher's configuration without what depends on the library's version or on where the teacher lay."""
-    return _without_place(json.loads(json.dumps(teacher.config.to_dict(), default=str)))
-
-
-def _without_place(value: Any) -> Any:
-    """The same JSON without such names, in the configurations of a model's parts too."""
-    if isinstance(value, dict):
-        left = ("transformers_version", "_name_or_path", "architectures", "dtype")
-        return {name: _without_place(inner) for name, inner in value.items() if name not in left}
-    return [_without_place(inner) for inner in value] if isinstance(value, list) else value
+    return without_place(json.loads(json.dumps(teacher.config.to_dict(), default=str)))
 
 
 def save_assets(teacher: FusionTeacher, folder: Path) -> None:

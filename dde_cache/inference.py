@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dde_cache.batches import torch_device
+from dde_cache.canonical import PLACE
 from dde_cache.errors import InputError, RunError, bullet_list
 from dde_cache.images import EncodedImage, to_rgb
 from dde_cache.initial import load_student
@@ -32,9 +33,6 @@ from dde_cache.teacher import hash_weights
 
 Picture = str | Path | EncodedImage | Image.Image
 """A file's path, encoded bytes, or an opened picture."""
-
-_UNSTABLE = ("transformers_version", "_name_or_path", "architectures", "dtype")
-"""Fields of a configuration that depend on the library's version or on where the model lay."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Student:
         return hash_json(
             {
                 "weights": hash_weights(self.model),
-                "config": {name: value for name, value in config.items() if name not in _UNSTABLE},
+                "config": {name: value for name, value in config.items() if name not in PLACE},
                 "tokenizer": self.preprocessor.tokenizer_json(),
                 "processor": json.loads(processor.image_processor.to_json_string()),
             }

@@ -10,6 +10,7 @@ from transformers import ViltConfig
 from dde_cache.asked import asked_parts, joined, numbers_of
 from dde_cache.assets import family_of
 from dde_cache.batches import check_labels
+from dde_cache.canonical import without_place
 from dde_cache.checkpoint import load_preprocessor, read_family, resolve
 from dde_cache.distill import TrainConfig
 from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
@@ -56,11 +57,11 @@ def labels_only(like: str | Cache) -> LabelsOnly:
 def likeness(targets: LabelsOnly) -> str:
     """What a run on labels takes from a cache or a teacher, in one line: equal for a teacher and its cache."""
     tower, processor = targets.tower, targets.preprocessor.processor
-    shape = tower.to_dict()
-    for name in ("transformers_version", "_name_or_path", "architectures", "dtype", "id2label", "label2id"):
+    shape = without_place(json.loads(json.dumps(tower.to_dict(), default=str)))
+    for name in ("id2label", "label2id"):
         shape.pop(name, None)
     pictures = json.loads(processor.image_processor.to_json_string())
-    reads = [json.loads(json.dumps(shape, default=str)), pictures, targets.preprocessor.tokenizer_json()]
+    reads = [shape, pictures, targets.preprocessor.tokenizer_json()]
     return (
         f"width {tower.hidden_size}, {tower.num_hidden_layers} blocks, {tower.num_attention_heads} heads, "
         f"{len(targets.labels)} answers, SHA-256 {hash_json([*reads, list(targets.labels)])[:12]}"

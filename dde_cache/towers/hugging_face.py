@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dde_cache.attention import QueryKey
+from dde_cache.canonical import PLACE
 from dde_cache.errors import TeacherError
 from dde_cache.towers.contract import BlockOutput, PatchLayout, Tower, TowerOutput
 from dde_cache.towers.pixels import Filter, Scale, resize
@@ -42,7 +43,7 @@ padding (transformers 5.23), so that a text's vector would depend on the texts b
 WHOLE_LENGTH = ("siglip_text_model",)
 """Text models that were trained on texts padded to their full length, without a mask: they pool the last position."""
 
-_UNSTABLE = ("transformers_version", "_name_or_path", "architectures", "dtype", "_attn_implementation_autoset")
+_UNSTABLE = (*PLACE, "_attn_implementation_autoset")
 
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "drop_path_rate",
