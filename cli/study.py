@@ -25,6 +25,7 @@ def study(
     config: Path | None = typer.Option(None, help="YAML file of settings; a study's own study.yaml repeats it."),
     set_: list[str] = typer.Option([], "--set", help="One setting as name=value, as train.steps=300."),
     families: str | None = typer.Option(None, help=f"Cells, with commas: {','.join(FAMILIES)}. Default: all."),
+    cell: list[str] = typer.Option([], help="One cell by its name, beside those of --families, or alone; repeatable."),
     seeds: int | None = typer.Option(
         None, min=1, help="Runs of each cell. Default 5; with --report-only, all that are finished."
     ),
@@ -33,7 +34,7 @@ def study(
     json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:
     """Train students that differ in one thing, with several seeds, and say what that shows."""
-    cells = chosen(None if families is None else families.split(","))
+    cells = chosen(None if families is None else families.split(","), cell)
     runs = ordered(cells, seeds or (finished_seeds(out) if report_only else 5))
     begun = (out / CONFIG).is_file()
     given = (testbed, config) != (None, None) or set_

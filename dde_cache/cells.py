@@ -111,16 +111,25 @@ class Run:
         return f"{'-'.join(words.split())}.{self.seed}"
 
 
-def chosen(families: Sequence[str] | None = None) -> tuple[Cell, ...]:
-    """The cells of some families, with the default cell and those that they are compared with.
+def chosen(families: Sequence[str] | None = None, names: Sequence[str] = ()) -> tuple[Cell, ...]:
+    """The cells of some families and some by name, with the default cell and those that they are compared with.
+
+    Args:
+        families: of `FAMILIES`; None: all, or none where there are names.
+        names: of cells.
 
     Raises:
-        InputError: there is no such family.
+        InputError: there is no such family, or no such cell.
     """
     unknown = sorted(set(families or ()) - set(FAMILIES))
     if unknown or (families is not None and not families):
         raise InputError(f"expected families of {', '.join(FAMILIES)}, got {', '.join(unknown) or 'none'}")
-    asked = {cell.name for cell in CELLS if families is None or cell.family in families} | {DEFAULT}
+    strange = sorted(set(names) - {cell.name for cell in CELLS})
+    if strange:
+        known = "; ".join(cell.name for cell in CELLS)
+        raise InputError(f"expected a cell of {known}; got {'; '.join(strange)}")
+    whole = () if families is None and names else families or tuple(FAMILIES)
+    asked = {cell.name for cell in CELLS if cell.family in whole} | {DEFAULT, *names}
     for cell in reversed(CELLS):
         if cell.name in asked:
             asked.add(cell.base)

@@ -17,6 +17,13 @@ KEPT_SHARE = 0.99
 """Of the teacher's accuracy, which the distilled student keeps."""
 
 
+KEPT = (
+    ("", DEFAULT, "labels alone"),
+    ("with 10% of labels, ", "10% labels + cache", "10% labels"),
+    ("with 1% of labels, ", "1% labels + cache", "1% labels"),
+)
+"""Students with and without a teacher that see the same labels, few of them as far as a cache pays there."""
+
 NOTHING = "no runs of both sides"
 
 
@@ -125,7 +132,7 @@ def study_report(
         teacher=float(outcomes.teacher.mean()),
         teacher_groups={name: float(outcomes.teacher[rows].mean()) for name, rows in shown.items()},
         rows=tuple(_row(cell, outcomes, compare, shown) for cell in cells if outcomes.results.get(cell.name)),
-        claims=(*_directions(compare), _cached(compare), _top_8(compare), _kept(compare)),
+        claims=(*_directions(compare), _cached(compare), _top_8(compare), *(_kept(compare, *pair) for pair in KEPT)),
         proves_nothing=plain.equal_low > -needs.margin if plain is not None and plain.enough(needs) else None,
         skipped=tuple(skipped),
     )
@@ -211,11 +218,10 @@ def _top_8(compare: _Comparison) -> Claim:
     return _same(compare, "top-8 equals dense", TOP_8, LOSSLESS)
 
 
-def _kept(compare: _Comparison) -> Claim:
+def _kept(compare: _Comparison, labels: str, distilled: str, undistilled: str) -> Claim:
     """The distilled student keeps a share of the teacher's accuracy, and the one without a teacher does not."""
-    claim, needs = f"distilled keeps {KEPT_SHARE:.0%} of the teacher, undistilled does not", compare.needs
-    found = [compare.teacher(name, KEPT_SHARE) for name in (DEFAULT, "labels alone")]
-    with_teacher, without = found
+    claim, needs = f"{labels}distilled keeps {KEPT_SHARE:.0%} of the teacher, undistilled does not", compare.needs
+    with_teacher, without = (compare.teacher(name, KEPT_SHARE) for name in (distilled, undistilled))
     if with_teacher is None or without is None:
         return Claim(claim=claim, verdict="not enough data", because=NOTHING, measured=False)
     verdict: ClaimVerdict = "not enough data"

@@ -182,6 +182,15 @@ def test_what_claims_need_comes_first_and_seeds_go_together():
     assert places == sorted(places)
     assert {run.name for run in runs} == {f"{name}" for cell in CELLS for name in [r.name for r in ordered([cell], 3)]}
     assert {cell.name for cell in chosen(["labels"])} >= {DEFAULT, "labels alone", "1% labels"}
+
+    def names(*asked):
+        return [cell.name for cell in chosen(*asked)]
+
+    assert names(None, ["top-4"]) == [DEFAULT, "lossless", "top-4"]
+    beside = {DEFAULT, "online teacher", "10% labels", "10% labels + cache"}
+    assert set(names(["online"], ["10% labels + cache"])) == beside
+    with pytest.raises(InputError, match=r"expected a cell of default; .*; got top-5"):
+        chosen(None, ["top-4", "top-5"])
     for wrong in (["key"], []):
         with pytest.raises(InputError, match="expected families of"):
             chosen(wrong)
@@ -266,7 +275,8 @@ def verdicts(outcomes, needs=None):
 
 
 GOOD = {DEFAULT: 0.989, "labels alone": 0.7, "soft labels": 0.8, "t2i alone": 0.95, "i2t alone": 0.9,
-        "online teacher": 0.989, "lossless": 0.989, "top-8": 0.989}  # fmt: skip
+        "online teacher": 0.989, "lossless": 0.989, "top-8": 0.989, "10% labels": 0.7, "10% labels + cache": 0.989,
+        "1% labels": 0.6, "1% labels + cache": 0.989}  # fmt: skip
 
 
 def test_claims_that_are_true_are_established():
@@ -277,13 +287,15 @@ def test_claims_that_are_true_are_established():
 
 
 def test_claims_that_are_false_are_refuted():
-    false = GOOD | {"t2i alone": 0.99, "i2t alone": 0.9895, "online teacher": 0.95, "top-8": 0.9, DEFAULT: 0.97}
+    false = GOOD | {"t2i alone": 0.99, "i2t alone": 0.9895, "online teacher": 0.95, "top-8": 0.9, DEFAULT: 0.97,
+                    "10% labels": 0.989, "1% labels + cache": 0.97}  # fmt: skip
     _, found = verdicts(outcomes_of(false))
     assert found["both directions beat t2i alone"] == "refuted"
     assert found["both directions beat labels alone"] == "established"
     assert found["cached equals online"] == "refuted"
     assert found["top-8 equals dense"] == "refuted"
-    assert found["distilled keeps 99% of the teacher"] == "refuted"
+    for labels in ("distilled keeps 99% of the teacher", "with 10% of labels", "with 1% of labels"):
+        assert found[labels] == "refuted"
 
 
 def test_a_gain_that_is_certain_and_small_is_no_gain():
