@@ -32,6 +32,7 @@ COMMANDS = {
     "embed": "Encode pictures or texts once, into a store of vectors.",
     "predict": "Answer questions about stored pictures.",
     "search": "Find stored pictures for a text, or texts for a picture.",
+    "index": "Index a store's vectors for an approximate search, and measure it.",
     "export": "Write a student as ONNX files.",
     "view": "Write a page that shows attention over pictures.",
     "report": "Write a page that shows runs side by side.",

@@ -8,11 +8,12 @@ from rich.table import Table
 
 from dde_cache.embeddings import EmbeddingStore
 from dde_cache.errors import InputError
+from dde_cache.index import VectorIndex, search_index
 from dde_cache.inference import Student
 from dde_cache.search import Hit, SearchReport
 from dde_cache.search import search as run_search
 
-from .console import console, print_json, progress
+from .console import console, note, print_json, progress, working
 
 
 def search(
@@ -24,31 +25,50 @@ def search(
     answer: str | None = typer.Option(
         None, help="Of a student that answers: rank by the probability of this answer to the question."
     ),
+    index: Path | None = typer.Option(
+        None, help="Folder made by `index`, by you: score what it proposes, not every row. Approximate."
+    ),
     device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """The stored pictures that suit a text best, or the texts that suit a picture; every row is scored."""
+    """The stored pictures that suit a text best, or the texts that suit a picture; every row is scored, or with --index
+    those that it proposes."""
     if (text is None) == (image is None):
         raise InputError(f"expected a text or --image, got {'neither' if text is None else 'both'}")
     if text is not None and not text.strip():
         raise InputError("expected a text, got only white space")
+    if index is not None and answer is not None:
+        raise InputError("expected --index or --answer, got both: an index knows cosines, no probabilities of answers")
     opened = EmbeddingStore(store)
     student = Student.from_pretrained(run, device)
-    with progress() as bar:
-        task = bar.add_task("search", total=len(opened), visible=False)
-        hits = run_search(
-            student,
-            opened,
-            image or str(text),
-            top=top,
-            answer=answer,
-            advance=lambda rows: bar.update(task, advance=rows, visible=True),
-        )
+    query = image or str(text)
+    hits = _every_row(student, opened, query, top, answer) if index is None else _by(index, student, opened, query, top)
     if json:
         print_json(SearchReport(hits=tuple(hits)))
     else:
         name = f"probability of {answer!r}" if answer is not None else "cosine"
         console.print(_table(hits, escape(f"{text or image} in {store}"), escape(name)))
+
+
+def _every_row(student: Student, store: EmbeddingStore, query: str | Path, top: int, answer: str | None) -> list[Hit]:
+    with progress() as bar:
+        task = bar.add_task("search", total=len(store), visible=False)
+        return run_search(
+            student,
+            store,
+            query,
+            top=top,
+            answer=answer,
+            advance=lambda rows: bar.update(task, advance=rows, visible=True),
+        )
+
+
+def _by(folder: Path, student: Student, store: EmbeddingStore, query: str | Path, top: int) -> list[Hit]:
+    with working("read the index"):
+        index = VectorIndex.open(folder, store)
+    recall = index.record.recall
+    note(f"approximate: this index found {recall.value:.3f} of the best {recall.at} when it was built")
+    return search_index(student, index, query, top=top)
 
 
 def _table(hits: list[Hit], title: str, score: str) -> Table:

@@ -34,6 +34,7 @@ FEATURES = {
     "tensorboard": "train --tensorboard",
     "report": "report: charts of runs",
     "onnx": "export --format onnx",
+    "faiss": "index, search --index",
     "easy-vqa": "data import easy-vqa",
 }
 """What the optional packages are for, by extra; an extra that is not here is shown by its name alone."""

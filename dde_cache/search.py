@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from dde_cache.embeddings import EmbeddingStore
 from dde_cache.errors import CacheError, InputError, RunError
@@ -70,6 +71,20 @@ def search(
         RunError: a student that cannot search so.
     """
     check_search(student, answer)
+    vector = encode_query(student, store, query)
+    score = (
+        cosines(vector[0].double().numpy()) if student.compares else _answers(student, vector, store.index.kind, answer)
+    )
+    return hits_of(store, *best_rows(store.blocks(), score, top, advance))
+
+
+def encode_query(student: Student, store: EmbeddingStore, query: str | Path) -> Float[Tensor, "1 w"]:
+    """The vector of a text or a picture that is looked for in a store.
+
+    Raises:
+        CacheError: the store has vectors of another student, or of the wrong kind.
+        InputError: a picture that cannot be read.
+    """
     store.check_student(student.fingerprint, student.name)
     wanted = "text" if isinstance(query, Path) else "image"
     if store.index.kind != wanted:
@@ -77,9 +92,11 @@ def search(
             ("picture", "texts (embed --texts)") if wanted == "text" else ("text", "pictures (embed --images)")
         )
         raise CacheError(f"{store.folder}: expected a store of {need} for a {given}, got one of {store.index.kind}s")
-    vector = student.encode_images([query]) if isinstance(query, Path) else student.encode_texts([query])
-    score = cosines(vector[0].double().numpy()) if student.compares else _answers(student, vector, wanted, answer)
-    rows, scores = best_rows(store.blocks(), score, top, advance)
+    return student.encode_images([query]) if isinstance(query, Path) else student.encode_texts([query])
+
+
+def hits_of(store: EmbeddingStore, rows: Int[np.ndarray, " k"], scores: Float[np.ndarray, " k"]) -> list[Hit]:
+    """Rows of a store with their scores, the best first, as hits."""
     hits = []
     for rank, (row, value) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1):
         key, slot, text = store.entry(row)
@@ -105,11 +122,17 @@ def best_rows(
     for start, block in blocks:
         reach = scores[-1] if len(scores) == top else -np.inf
         found, values = score(block, reach, top)
-        rows, scores = np.concatenate([rows, found + start]), np.concatenate([scores, values])
-        best = np.lexsort((rows, -scores))[:top]
-        rows, scores = rows[best], scores[best]
+        rows, scores = in_order(np.concatenate([rows, found + start]), np.concatenate([scores, values]), top)
         advance(len(block))
     return rows, scores
+
+
+def in_order(
+    rows: Int[np.ndarray, " n"], scores: Float[np.ndarray, " n"], top: int
+) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """The `top` best of some rows, the best first, equal ones in the order of the store."""
+    best = np.lexsort((rows, -scores))[:top]
+    return rows[best], scores[best]
 
 
 def check_search(student: Student, answer: str | None) -> None:
@@ -144,17 +167,41 @@ def cosines(query: Float[np.ndarray, " w"]) -> Score:
         block: Float[np.ndarray, "n w"], reach: float, top: int
     ) -> tuple[Int[np.ndarray, " c"], Float[np.ndarray, " c"]]:
         near = block @ single / np.maximum(np.linalg.norm(block, axis=-1), 1e-12)
-        if len(near) > top:
-            reach = max(reach, np.partition(near, -top)[-top])
-        rows = np.flatnonzero(near >= reach - MARGIN)
-        chosen = block[rows].astype(np.float64)
-        norms = np.sqrt((chosen * chosen).sum(-1))
-        return rows, ((chosen * query).sum(-1) / np.maximum(norms, 1e-12)).round(_DECIMALS)
+        return rescored(block, near, query, reach, top)
 
     return score
 
 
-def _answers(student: Student, query: torch.Tensor, stored: str, answer: str | None) -> Score:
+def rescored(
+    block: Float[np.ndarray, "n w"],
+    near: Float[np.ndarray, " n"],
+    query: Float[np.ndarray, " w"],
+    reach: float,
+    top: int,
+) -> tuple[Int[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """Of a block's rows those that may be among the best, with their exact cosines.
+
+    Args:
+        block: vectors, as they are stored.
+        near: their cosines in float32.
+        query: of length 1, float64.
+        reach: the score that is to be reached.
+        top: how many are wanted.
+    """
+    if len(near) > top:
+        reach = max(reach, np.partition(near, -top)[-top])
+    rows = np.flatnonzero(near >= reach - MARGIN)
+    return rows, exact_cosines(block[rows], query)
+
+
+def exact_cosines(vectors: Float[np.ndarray, "n w"], query: Float[np.ndarray, " w"]) -> Float[np.ndarray, " n"]:
+    """Cosines of vectors with a query of length 1, in float64, row by row, rounded to 1e-6."""
+    wide = vectors.astype(np.float64)
+    norms = np.sqrt((wide * wide).sum(-1))
+    return ((wide * query).sum(-1) / np.maximum(norms, 1e-12)).round(_DECIMALS)
+
+
+def _answers(student: Student, query: Tensor, stored: str, answer: str | None) -> Score:
     column = student.labels.index(str(answer))
 
     def score(

@@ -12,6 +12,7 @@ from dde_cache.embed import EmbedReport
 from dde_cache.embeddings import EmbeddingIndex
 from dde_cache.export import ExportRecord
 from dde_cache.extract import ExtractConfig, ExtractSummary
+from dde_cache.index import IndexRecord
 from dde_cache.matching import ScoreAttributes, ScoreIndex, ScoreReport
 from dde_cache.merge import MergeReport
 from dde_cache.mine import MineReport
@@ -49,6 +50,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "extract-config": ExtractConfig,
     "extract-plan": ExtractPlan,
     "extract-summary": ExtractSummary,
+    "index": IndexRecord,
     "manifest": Manifest,
     "merge-report": MergeReport,
     "mine-report": MineReport,

@@ -22,7 +22,8 @@ ORDER = (
     "match", "distill", "several", "pretraining", "model_card", "presets", "teach", "identity", "plan", "extract",
     "recompute", "verify", "matching", "scoring", "repair", "summary", "importers", "asked", "prepare", "ready",
     "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery", "figures", "compare", "sheet",
-    "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "graphs",
+    "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "index",
+    "indexing", "graphs",
     "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
@@ -107,6 +108,7 @@ def test_who_knows_what():
     assert users_of(lambda name: name.startswith("transformers.Vilt") and name != "transformers.ViltConfig") <= vilt
     assert users_of(lambda name: name.split(".")[0] == "zarr") <= {"arrays.py"}
     assert users_of(lambda name: name.split(".")[0] == "accelerate") <= {"fit.py", "ranks.py"}
+    assert users_of(lambda name: name.split(".")[0] == "faiss") <= {"index.py"}
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
