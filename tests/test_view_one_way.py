@@ -231,6 +231,8 @@ def test_a_page_without_rows_of_patches(browser, one_way, runs, shards, tmp_path
     ready(browser, tmp_path / "page.html")
     assert walked(browser) == ["pair", "head", *["words"] * len(pair["words"]), *["special"] * len(pair["special"])]
     assert browser.complaints() == []
+    ready(browser, tmp_path / "page.html", width=400)
+    assert browser.run("document.documentElement.scrollWidth <= 400")
 
 
 def test_a_page_without_rows_of_words(browser, one_way, runs, shards, tmp_path):
@@ -276,6 +278,8 @@ def test_a_page_without_rows_of_words(browser, one_way, runs, shards, tmp_path):
     assert "column 2" in browser.text("#patch-title")
     assert browser.run(pixels) != before
     assert browser.complaints() == []
+    ready(browser, tmp_path / "page.html", width=400)
+    assert browser.run("document.documentElement.scrollWidth <= 400")
 
 
 def test_two_pictures_without_rows_of_patches(browser, save_teacher, one_way, tmp_path):
