@@ -1,4 +1,7 @@
-"""Recipe: one page on which a cache's attention can be looked at, with a student's beside it."""
+"""Recipe: one page on which a cache's attention can be looked at, with a student's beside it.
+
+Of a cache with one direction the page has this direction, and says that there is no other.
+"""
 
 import base64
 import html
@@ -6,27 +9,24 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from dde_cache.batches import PairDataset, torch_device
-from dde_cache.choices import DistillConfig, LayerPair
-from dde_cache.configs import read_yaml
-from dde_cache.errors import CacheError, InputError, RunError, bullet_list
-from dde_cache.initial import load_student
+from dde_cache.batches import PairDataset
+from dde_cache.beside import fitted, load_beside, shown_layer
+from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.join import join
 from dde_cache.pages import data_element, fill_page, json_text, read_part, template
 from dde_cache.preprocess import Preprocessor
-from dde_cache.runs import CONFIG
 from dde_cache.samples import Shard, Text
-from dde_cache.seen import LEVELS, Rows, SeenImage, SeenPair, Seer
+from dde_cache.seen import LEVELS, SeenImage, SeenPair, SeenStudent, Seer
 from dde_cache.spec import Model
 from dde_cache.store import Cache, write_text
 from dde_cache.stream import Pair, PairTable
-from dde_cache.student import DualEncoder
 from dde_cache.targets import CacheTargets
+from dde_cache.teachers.contract import ROW_MAJOR
 from dde_cache.tokens import TokenAligner, same_tokens
 from dde_cache.views import parse_recipe
 
@@ -53,7 +53,9 @@ class ViewReport(Model):
     among: int = Field(description="pairs that were looked at to choose them")
     of: int = Field(description="pairs that shards and cache have in common")
     layer: int
-    learnt: str | None = Field(default=None, description="where the layer comes from, for a run with a layer map")
+    learnt: str | None = Field(
+        default=None, description="what to know of the student: its block of a layer map, its direction, its checkpoint"
+    )
     bytes: int
 
 
@@ -75,25 +77,6 @@ class Choice:
     among: int | None = 2000
     layer: int | None = None
     view: int = 0
-
-
-@dataclass(frozen=True)
-class _Student:
-    """A run's model, its processor and answers, and the layers that it learnt from."""
-
-    model: DualEncoder
-    preprocessor: Preprocessor
-    labels: tuple[str, ...]
-    choices: DistillConfig
-
-
-class _Layer(NamedTuple):
-    """What is shown: the teacher's layer, the student's block beside it (None: the last), and why, if that is no matter
-    of course."""
-
-    number: int
-    block: int | None = None
-    learnt: str | None = None
 
 
 def view(
@@ -119,12 +102,14 @@ def view(
 
     Raises:
         InputError: no such keys, view or layer, or the samples are not the cache's.
-        CacheError: the cache has no maps in both directions, or is damaged.
-        RunError: the run has no model that can be read.
+        CacheError: the cache has no maps, or none over patches; or it is damaged.
+        RunError: the run has no model that can be read, or one whose heads cannot be compared with the teacher's.
     """
     _check(cache, choice)
-    student = None if run is None else _load(run, device)
-    layer = _layer(cache, choice, student)
+    student = None if run is None else load_beside(run, device)
+    layer = shown_layer(cache.spec, choice.layer, student)
+    if student is not None:
+        student = fitted(student, cache, layer)
     table = join(shards, cache, "skip").table
     order, numbers = _candidates(cache, table, choice, student is not None)
     views = cache.spec.views
@@ -135,11 +120,11 @@ def view(
         preprocessor = student.preprocessor
     elif student:
         tokens = TokenAligner(preprocessor, student.preprocessor)
-    reader = CacheTargets(cache, shards, layer.number)
+    reader = CacheTargets(cache, shards, layer.number, rows=cache.spec.directions)
     in_views, recipe = table.in_views(views), parse_recipe(cache.spec.view)
     dataset = PairDataset(shards, in_views, preprocessor, (), reader, recipe=recipe, tokens=tokens)
-    own = {"tokens": tokens is not None, "mean_heads": student is not None and student.choices.heads == "mean"}
-    seer = Seer(dataset, cache.spec, preprocessor, student.model if student else None, layer.block, **own)
+    own = None if student is None else SeenStudent(student.model, layer.block, student.maps, tokens is not None)
+    seer = Seer(dataset, cache.spec, preprocessor, own)
     among = len(numbers)
     count = among if order == "keys" else min(choice.count, among)
     ranked = order in ("divergence", "kept mass")
@@ -162,16 +147,18 @@ def view(
             names = [f"maps-{len(shown) - 1}-{slot}" for slot in range(len(pair.images))]
             blocks += [data_element(name, _packed(image)) for name, image in zip(names, pair.images, strict=True)]
         done.add(len(some))
+    learnt = "; ".join(student.notes) or None if student else None
     about = {
         **{"cache": Path(cache.name).name, "run": None if run is None else run.name, "layer": layer.number},
+        "directions": cache.spec.directions,
         **{"heads": seer.heads, "levels": LEVELS, "kl_unit": KL_UNIT, "kept_unit": KEPT_UNIT, "order": order},
         "chosen": f"{_ORDERS[order]}; {count:,} of {among:,} looked at, of {len(table):,}",
         "view": f"view {choice.view} of {views}" if views > 1 else "",
-        "learnt": layer.learnt or "",
+        "learnt": learnt or "",
     }
     write_text(out, _page(about, shown, blocks))
     size = out.stat().st_size
-    seen = {"pairs": count, "among": among, "of": len(table), "layer": layer.number, "learnt": layer.learnt}
+    seen = {"pairs": count, "among": among, "of": len(table), "layer": layer.number, "learnt": learnt}
     return ViewReport(out=str(out), order=order, **seen, bytes=size)
 
 
@@ -189,46 +176,17 @@ class _Done:
 
 def _check(cache: Cache, choice: Choice) -> None:
     spec = cache.spec
-    if not spec.layers or len(spec.directions) < 2:
-        has = "predictions alone" if not spec.layers else f"{spec.directions[0]} alone"
-        raise CacheError(f"{cache.name}: expected attention maps in both directions to look at, but it has {has}")
+    if not spec.layers:
+        raise CacheError(f"{cache.name}: expected attention maps to look at, but it has predictions alone")
+    if str(spec.rule) != ROW_MAJOR:
+        raise CacheError(
+            f"{cache.name}: expected maps over a picture's patches, which a page draws as a grid ({ROW_MAJOR}), got "
+            f"another image axis ({spec.rule})"
+        )
     if choice.layer is not None and choice.layer not in spec.layers:
         raise InputError(f"expected --layer as one of the cache's {list(spec.layers)}, got {choice.layer}")
     if not 0 <= choice.view < spec.views:
         raise InputError(f"expected --view-number from 0 to {spec.views - 1}, got {choice.view}")
-
-
-def _load(run: Path, device: str) -> _Student:
-    target = torch_device(device)
-    model, preprocessor = load_student(run)
-    settings = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
-    try:
-        choices = DistillConfig.model_validate({name: settings.get(name) for name in ("layer", "layer_map", "heads")})
-    except ValidationError as error:
-        raise RunError(f"{run / CONFIG}: expected the settings of a run, got {error.errors()[0]['msg']}") from error
-    labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    return _Student(model.to(target).eval(), preprocessor, labels, choices)
-
-
-def _layer(cache: Cache, choice: Choice, student: _Student | None) -> _Layer:
-    if student is None:
-        return _Layer(cache.spec.layers[-1] if choice.layer is None else choice.layer)
-    pairs = student.choices.pairs(cache.spec.layers)
-    mapped = student.choices.layer_map
-    # The student's blocks are numbered where there is a map.
-    taken = max(pairs, key=lambda pair: pair.student or 0)
-    if choice.layer is not None:
-        taken = next((pair for pair in pairs if pair.teacher == choice.layer), LayerPair(choice.layer, None))
-    elif taken.teacher not in cache.spec.layers:
-        raise InputError(
-            f"the run learns from layer {taken.teacher}, but the cache has {list(cache.spec.layers)}; pass --layer to "
-            "look at one of these"
-        )
-    if mapped is None:
-        return _Layer(taken.teacher)
-    beside = "its last block" if taken.student is None else f"block {taken.student}"
-    which = "" if choice.layer is not None else ", the last of its layer map; --layer shows another"
-    return _Layer(taken.teacher, taken.student, f"{beside} of the student beside it{which}")
 
 
 def _candidates(cache: Cache, table: PairTable, choice: Choice, student: bool) -> tuple[Order, list[int]]:
@@ -273,8 +231,8 @@ def _described(pair: SeenPair, place: Pair, text: Text, preprocessor: Preprocess
                 "grid": image.grid,
                 "sides": [side * preprocessor.patch_size for side in reversed(image.grid)],
                 "picture": f"data:{image.media_type};base64,{base64.b64encode(image.picture).decode()}",
-                "student": image.rows["t2i"].student is not None,
-                "kept": image.rows["t2i"].kept is not None,
+                "student": all(rows.student is not None for rows in image.rows.values()),
+                "kept": all(rows.kept is not None for rows in image.rows.values()),
             }
             for image in pair.images
         ],
@@ -309,10 +267,10 @@ def _answer(logits: np.ndarray | None, labels: Sequence[str] | None) -> str | No
 
 
 def _packed(image: SeenImage) -> str:
-    """The numbers of one picture as base64 of zlib: of each direction teacher and student, then KL and kept mass."""
-    parts = []
-    for name in ("t2i", "i2t"):
-        rows: Rows = image.rows[name]
+    """The numbers of one picture as base64 of zlib: of each direction that the cache has, in the order of its
+    specification, teacher and student, then KL and kept mass."""
+    parts: list[bytes] = []
+    for rows in image.rows.values():
         parts += [part.tobytes() for part in (rows.teacher, rows.student) if part is not None]
         parts += [_steps(part, unit) for part, unit in ((rows.kl, KL_UNIT), (rows.kept, KEPT_UNIT)) if part is not None]
     return base64.b64encode(zlib.compress(b"".join(parts), 9)).decode()

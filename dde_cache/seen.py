@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dde_cache.align import Axes, without_keys
 from dde_cache.attention import Attention, SparseAttention, densify
@@ -20,7 +20,7 @@ from dde_cache.batches import Batch, PairDataset, to_device
 from dde_cache.distill import student_output, student_rows
 from dde_cache.errors import RunError
 from dde_cache.losses import attention_kl
-from dde_cache.match import heads_fit
+from dde_cache.match import Raw
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import TargetSpec
 from dde_cache.student import DualEncoder, DualEncoderOutput
@@ -53,7 +53,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class SeenImage:
-    """One picture of a pair: patch rows and columns, the pixels that the teacher saw, and both directions."""
+    """One picture of a pair: patch rows and columns, the pixels that the teacher saw, and the directions that the cache
+    has."""
 
     grid: tuple[int, int]
     picture: bytes
@@ -74,13 +75,30 @@ class SeenPair:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Both directions of a batch, by image slot: the teacher's rows, and the student's log-probabilities with the keys
-    that they are over and the rows that it has."""
+    """The cache's directions of a batch, by image slot: the teacher's rows, and the student's log-probabilities with
+    the keys that they are over and the rows that it has."""
 
     batch: Batch
     teacher: list[dict[str, Attention]]
     student: list[dict[str, tuple[Tensor, Tensor, Tensor]]]
     output: DualEncoderOutput | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class SeenStudent:
+    """Whose attention stands beside the teacher's.
+
+    Attributes:
+        model: in eval mode.
+        block: of the model; None: its last.
+        maps: from its heads to the teacher's, as in training; `Raw` where they are compared as they are.
+        tokens: whether it has a tokenizer of its own, and the dataset says how its tokens overlap.
+    """
+
+    model: DualEncoder
+    block: int | None = None
+    maps: nn.Module = field(default_factory=Raw)
+    tokens: bool = False
 
 
 class Seer:
@@ -91,39 +109,23 @@ class Seer:
         spec: of the cache.
         preprocessor: of the dataset.
         student: whose attention stands beside the teacher's; None: the teacher alone.
-        block: of the student; None: its last.
-        tokens: whether the student has a tokenizer of its own, and the dataset says how its tokens overlap.
-        mean_heads: whether it was trained on the heads' average.
 
     Raises:
         RunError: the student has another number of heads, and the cache has not every key, so that they have no means
-            to compare; or its heads were compared through maps that it no longer has.
+            to compare.
     """
 
     def __init__(
-        self,
-        dataset: PairDataset,
-        spec: TargetSpec,
-        preprocessor: Preprocessor,
-        student: DualEncoder | None = None,
-        block: int | None = None,
-        *,
-        tokens: bool = False,
-        mean_heads: bool = False,
+        self, dataset: PairDataset, spec: TargetSpec, preprocessor: Preprocessor, student: SeenStudent | None = None
     ) -> None:
-        self._dataset, self._spec, self._preprocessor = dataset, spec, preprocessor
-        self._student, self._block = student, block
-        if student is not None and block is not None:
-            student.keep_blocks([block])
-        self._axes = Axes() if student is None else Axes(student.image_tower.layout, tokens, drop=True)
-        twins = student is None or (student.config.text is None and student.config.image is None)
-        average = mean_heads or spec.heads == "mean"
-        if student is not None and not twins and not heads_fit(student, spec.teacher_heads, mean_heads=average):
-            raise RunError(
-                "the student's attention heads were compared with the teacher's through learned maps, which a saved "
-                "student does not have: leave --run out"
-            )
-        self._averages = student is not None and spec.stored_heads not in (1, student.towers[0].heads)
+        self._dataset, self._spec, self._preprocessor, self._student = dataset, spec, preprocessor, student
+        self._directions: tuple[str, ...] = spec.directions
+        self._axes, own = Axes(), spec.teacher_heads
+        if student is not None:
+            student.model.keep_blocks([] if student.block is None else [student.block])
+            self._axes = Axes(student.model.image_tower.layout, student.tokens, drop=True)
+            own = student.model.towers[0].heads if isinstance(student.maps, Raw) else own
+        self._averages = student is not None and spec.stored_heads not in (1, own)
         if self._averages and spec.steps is None:
             raise RunError(
                 f"expected a student with the cache's {spec.stored_heads} heads, got another number, and the means of "
@@ -139,19 +141,19 @@ class Seer:
     def scores(self, numbers: Sequence[int]) -> list[float]:
         """One number a pair, larger where it is more worth a look.
 
-        With a student: its attention loss (the mean KL over heads and valid rows, both directions and all images
-        summed). Without: 1 - the mean kept mass of all rows; 0 where every key is kept.
+        With a student: its attention loss (the mean KL over heads and valid rows, summed over the cache's directions
+        and all images). Without: 1 - the mean kept mass of all rows; 0 where every key is kept.
         """
         found = self._compare(numbers)
         total = torch.zeros(len(numbers))
         for slot in range(len(found.teacher)):
-            for direction in ("t2i", "i2t"):
+            for direction in self._directions:
                 rows = self._kl(found, slot, direction) if found.student else _tail(found.teacher[slot][direction])
                 counted = _valid(found.batch, slot, direction)
                 counted = counted & found.student[slot][direction][2] if found.student else counted
                 valid = counted[:, None].expand(rows.shape).float()
                 total += (rows * valid).sum((1, 2)) / valid.sum((1, 2))
-        return (total if found.student else total / (2 * len(found.teacher))).tolist()
+        return (total if found.student else total / (len(self._directions) * len(found.teacher))).tolist()
 
     @torch.inference_mode()
     def pairs(self, numbers: Sequence[int]) -> Iterator[SeenPair]:
@@ -166,7 +168,8 @@ class Seer:
                 grid = batch[f"grid{slot}"][row]
                 counts = {"t2i": (tokens, int(grid.prod()) + 1), "i2t": (int(grid.prod()) + 1, tokens)}
                 rows = {}
-                for name, (queries, keys) in counts.items():
+                for name in self._directions:
+                    queries, keys = counts[name]
                     there = bool(found.student)
                     rows[name] = Rows(
                         teacher=_levels(_dense(teacher[name], batch, slot, name)[row, :, :queries, :keys]),
@@ -185,20 +188,22 @@ class Seer:
         batch = self._dataset.__getitems__(numbers)
         slots = range(self._spec.images)
         teacher: list[dict[str, Attention]] = [
-            {name: self._heads(decoded(batch, name, self._spec.steps, slot)) for name in _BOTH} for slot in slots
+            {name: self._heads(decoded(batch, name, self._spec.steps, slot)) for name in self._directions}
+            for slot in slots
         ]
         if self._student is None:
             return _Compared(batch, teacher, [])
-        moved = to_device(batch, next(self._student.parameters()).device)
-        output = student_output(self._student, moved)
+        own = self._student
+        moved = to_device(batch, next(own.model.parameters()).device)
+        output = student_output(own.model, moved)
         mean = self.heads == 1
         student = []
         for slot in slots:
-            sides = output.text, output.second if slot else output.image
-            text, image = ((side.block(self._block).query_key, side.mask) for side in sides)
+            sides = (("text", output.text), ("image", output.second if slot else output.image))
+            text, image = ((own.maps(name, side.block(own.block).query_key), side.mask) for name, side in sides)
             rows = {
                 name: student_rows(name == "t2i", text, image, (moved, slot), self._axes, mean_heads=mean)
-                for name in _BOTH
+                for name in self._directions
             }
             student.append({name: (log.cpu(), keys.cpu(), held.cpu()) for name, (log, keys, held) in rows.items()})
         return _Compared(batch, teacher, student, output)
@@ -222,9 +227,6 @@ class Seer:
             return stream.getvalue(), "image/png"
         image.save(stream, "jpeg", quality=85)
         return stream.getvalue(), "image/jpeg"
-
-
-_BOTH = ("t2i", "i2t")
 
 
 def _valid(batch: Batch, slot: int, direction: str) -> Tensor:

@@ -21,7 +21,7 @@ ORDER = (
     "buckets", "scores", "tasks", "runs", "replay", "interrupt", "optimizer", "clock", "fit", "choices", "sources",
     "match", "distill", "several", "pretraining", "model_card", "presets", "teach", "identity", "plan", "extract",
     "recompute", "verify", "matching", "scoring", "repair", "summary", "importers", "asked", "prepare", "ready",
-    "inference", "ranking", "train", "pretrain", "evaluate", "seen", "gallery", "figures", "compare", "sheet",
+    "inference", "ranking", "train", "pretrain", "evaluate", "seen", "beside", "gallery", "figures", "compare", "sheet",
     "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "index",
     "indexing", "graphs",
     "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",

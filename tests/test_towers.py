@@ -1,6 +1,7 @@
 """Encoders of Hugging Face as towers: what is read of them, how they are trained, saved, used, and refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ from encoders import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline import LABELS, cli, make_cache, make_samples, make_shards, tree, whole_batch
+from pipeline import LABELS, all_pairs, cli, make_cache, make_samples, make_shards, tree, whole_batch
 from safetensors.torch import load_file, save_file
+from test_view import Page, by_pair
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel, BertModel, ResNetConfig, ResNetModel, ViTModel
 
@@ -42,7 +44,7 @@ from dde_cache.initial import load_student
 from dde_cache.prepare import plan_training
 from dde_cache.preprocess import Preprocessor
 from dde_cache.ready import ready_student
-from dde_cache.seen import Seer
+from dde_cache.seen import SeenStudent, Seer
 from dde_cache.sources import CachedTargets, OnlineTargets
 from dde_cache.stream import PairTable
 from dde_cache.student import Head, new_student
@@ -647,8 +649,6 @@ def test_pretraining_with_encoders(shards, cache, folders, tmp_path):
 
 
 def test_a_damaged_student_is_refused(run, tmp_path):
-    import shutil
-
     shutil.copytree(run / "model", tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
@@ -689,7 +689,7 @@ def test_view_shows_a_student_on_the_teachers_tokens(shards, cache, folders, tmp
     tokens = TokenAligner(own, preprocessor)
     reader = CacheTargets(cache, shards, 2)
     dataset = PairDataset(shards, PairTable.of(shards), own, (), reader, tokens=tokens)
-    seer = Seer(dataset, cache.spec, own, model.eval(), tokens=True)
+    seer = Seer(dataset, cache.spec, own, SeenStudent(model.eval(), tokens=True))
     numbers = [0, 1, 2]
     config = TrainConfig(missing_tokens="drop", soft_weight=0.0)
     batch = dataset.__getitems__(numbers)
@@ -706,10 +706,100 @@ def test_view_shows_a_student_on_the_teachers_tokens(shards, cache, folders, tmp
     assert batch["token_overlap"].shape[1] == batch["input_ids"].shape[1]
 
 
-def test_view_of_a_student_whose_heads_were_mapped(run, shards, cache, tmp_path):
-    seen = cli("view", cache.folder, shards[0].path.parent, "--run", run, "--out", tmp_path / "view.html")
-    assert seen.code == 1
-    assert "through learned maps, which a saved student does not have" in seen.message
+def page_of(cache, shards, run, out, *options):
+    place, page = shards[0].path.parent, out / "view.html"
+    return cli("view", cache.folder, place, "--run", run, "--out", page, "--json", *options)
+
+
+def test_view_of_a_student_whose_heads_were_mapped(run, shards, cache, folders, tmp_path):
+    """The student of the newest checkpoint with its maps: what is shown of a pair is its loss in training."""
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = max((tmp_path / "run" / "checkpoints").iterdir())
+    state = json.loads((checkpoint / "state.json").read_text())
+    # Far from even attention, and from the student that is saved.
+    ready, plan, _config = ready_with(shards, cache, folders["letters"], folders["registers"])
+    student = ready.student.eval()
+    held = {name: one.clone() for name, one in randomise(student, seed=7).state_dict().items()}
+    save_file(held, checkpoint / "model.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps(state | {"best_step": 2}))
+    seen = page_of(cache, shards, tmp_path / "run", tmp_path)
+    assert seen.code == 0, seen.err
+    assert json.loads(seen.out)["learnt"] == (
+        "the student of step 4, the newest checkpoint, whose learned maps bring its heads to the teacher's (the saved "
+        "student is of step 2)"
+    )
+    page = Page(tmp_path / "view.html")
+    losses = StudentLosses(TrainConfig(soft_weight=0.0), CachedTargets(cache), False, ready.matched.axes)
+    for row, pair in enumerate(all_pairs(shards)):
+        number = by_pair(page)[pair.key, pair.text]
+        batch = batch_of(ready, plan, shards, pairs=[row])
+        with torch.inference_mode():
+            expected = float(losses(student, batch)["loss"])
+            answer = LABELS[int(student_output(student, batch).logits.argmax())]
+        assert page.pairs[number]["score"] == pytest.approx(expected, rel=1e-4)
+        assert page.pairs[number]["student"] == answer
+        for name in ("t2i", "i2t"):
+            assert page.maps(number, student=True, sparse=True)[name, "student"].sum(-1) == pytest.approx(1, abs=0.03)
+
+
+def test_view_of_a_student_with_a_map_of_layers(shards, teacher_folder, folders, tmp_path):
+    """Each layer has maps of its own."""
+    cache = make_cache(shards, teacher_folder, tmp_path / "cache", layers=(1, 2))
+    place, out = shards[0].path.parent, tmp_path / "run"
+    towers = ["--text-tower", folders["letters"], "--image-tower", folders["registers"], "--layer-map", "2:0,1:1"]
+    done = cli("train", place, "--targets", cache.folder, "--out", out, *towers, *OPTIONS)
+    assert done.code == 0, done.err
+    ready, plan, config = ready_with(shards, cache, folders["letters"], folders["registers"], layer_map="2:0,1:1",
+                                     soft_weight=0.0)  # fmt: skip
+    ready.student.load_state_dict(load_file(max((out / "checkpoints").iterdir()) / "model.safetensors"))
+    losses = StudentLosses(config, CachedTargets(cache), False, ready.matched.axes)
+    with torch.inference_mode():
+        expected = losses(ready.student.eval(), batch_of(ready, plan, shards, pairs=[0]))
+    pair = all_pairs(shards)[0]
+    for layer, name in ((1, "1:1"), (2, "2:0")):
+        seen = page_of(cache, shards, out, tmp_path, "--layer", layer)
+        assert seen.code == 0, seen.err
+        page = Page(tmp_path / "view.html")
+        score = page.pairs[by_pair(page)[pair.key, pair.text]]["score"]
+        assert score == pytest.approx(float(expected[f"t2i@{name}"] + expected[f"i2t@{name}"]), rel=1e-4)
+
+
+def test_view_after_pretraining_with_maps(shards, cache, folders, tmp_path):
+    """There the student is a part of what a checkpoint holds."""
+    place, out = shards[0].path.parent, tmp_path / "run"
+    towers = ["--text-tower", folders["wide"], "--image-tower", folders["registers"], "--set", "language_weight=0"]
+    done = cli("train", place, "--stage", "pretrain", "--targets", cache.folder, "--out", out, *towers, *OPTIONS)
+    assert done.code == 0, done.err
+    seen = page_of(cache, shards, out, tmp_path)
+    assert seen.code == 0, seen.err
+    assert "the student of step 4" in json.loads(seen.out)["learnt"]
+
+
+def test_view_without_the_maps_is_refused_and_says_what_else_can_be_done(run, shards, cache, save_teacher, tmp_path):
+    def refused(folder, match, *options, of=cache):
+        seen = page_of(of, shards, folder, tmp_path, *options)
+        assert seen.code == 1
+        assert match in seen.message
+        assert "eave --run out to look at the teacher alone" in seen.message
+        assert not (tmp_path / "view.html").exists()
+
+    refused(run / "model", "text 4 x 8, image 4 x 8) are not the teacher's 3")
+    refused(run / "model", "has none in checkpoints/")
+    other = make_cache(shards, save_teacher(seed=1), tmp_path / "other")
+    refused(run, f"learned from other targets (cache {cache.manifest.fingerprint}", of=other)
+    two = tmp_path / "two"
+    shutil.copytree(run, two)
+    (two / "config.yaml").write_text((two / "config.yaml").read_text().replace("layer: null", "layer: 1"))
+    refused(two, "has 1 for layers [1], none for 2", "--layer", 2)
+    damaged = max((two / "checkpoints").iterdir()) / "model.safetensors"
+    weights = load_file(damaged)
+    save_file({name: one for name, one in weights.items() if "attention_maps" not in name}, damaged)
+    refused(two, "its run has learned none: it did not compare attention", "--layer", 2)
+    save_file({name: one for name, one in weights.items() if "image_key" not in name}, damaged)
+    shutil.copy(run / "config.yaml", two / "config.yaml")
+    refused(two, "cannot be read: Error(s) in loading state_dict for AttentionMaps")
+    damaged.write_bytes(b"nothing")
+    refused(two, "expected a checkpoint with the student and the maps of its heads, but it cannot be read")
 
 
 # --- real weights

@@ -95,7 +95,8 @@ class Page(HTMLParser):
         texts = sum(len(unit["tokens"]) for unit in (*shown["words"], *shown["special"]))
         places = int(np.prod(shown["images"][slot]["grid"])) + 1
         heads, found = self.about["heads"], {}
-        for name, rows, keys in (("t2i", texts, places), ("i2t", places, texts)):
+        for name in self.about["directions"]:
+            rows, keys = (texts, places) if name == "t2i" else (places, texts)
             for part in ("teacher", "student")[: 1 + student]:
                 levels = np.frombuffer(content[: heads * rows * keys], np.uint8).reshape(heads, rows, keys)
                 content = content[heads * rows * keys :]

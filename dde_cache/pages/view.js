@@ -4,6 +4,9 @@
   const { about, pairs } = JSON.parse(document.getElementById("page-data").textContent);
   const weightOf = Float32Array.from({ length: 256 }, (_, level) => (level / about.levels) ** 2);
   const byId = (id) => document.getElementById(id);
+  // Which directions the cache has; of what it lacks the page keeps one sentence.
+  const [hasWords, hasPatches] = ["t2i", "i2t"].map((one) => about.directions.includes(one));
+  const has = hasWords && hasPatches ? "both" : about.directions[0];
   const state = { pair: 0, head: null, word: 0, slot: 0, token: 1, overWord: null, overPatch: null };
   const unpacked = new Map(); // numbers of the last few pairs, by pair
   let shown = null; // what is drawn now: the pair's numbers and its words
@@ -49,8 +52,9 @@
         kl: image.student ? steps(about.heads * rows, about.kl_unit) : null,
         kept: image.kept ? steps(about.heads * rows, about.kept_unit) : null,
       });
-      const t2i = direction(tokens, places);
-      images.push({ ...image, picture, places, t2i, i2t: direction(places, tokens) });
+      const maps = {};
+      for (const one of about.directions) maps[one] = one === "t2i" ? direction(tokens, places) : direction(places, tokens);
+      images.push({ ...image, picture, places, ...maps });
     }
     unpacked.set(number, images);
     if (unpacked.size > 8) unpacked.delete(unpacked.keys().next().value);
@@ -107,6 +111,7 @@
 
   const cellOf = (image) => Math.max(20, Math.min(96, Math.floor(270 / Math.max(...image.grid))));
 
+  // The picture, with a word's row over it where there is one, and the patch that is asked.
   function drawMap(canvas, image, row, scale) {
     const [rows, columns] = image.grid;
     const cell = cellOf(image);
@@ -119,8 +124,10 @@
     pen.scale(ratio, ratio);
     pen.imageSmoothingEnabled = image.sides[0] > columns * cell;
     pen.drawImage(image.picture, 0, 0, columns * cell, rows * cell);
-    pen.fillStyle = "rgba(128, 128, 128, 0.35)";
-    pen.fillRect(0, 0, columns * cell, rows * cell);
+    if (row) {
+      pen.fillStyle = "rgba(128, 128, 128, 0.35)";
+      pen.fillRect(0, 0, columns * cell, rows * cell);
+    }
     pen.font = `600 ${cell >= 60 ? 15 : cell >= 40 ? 12 : 10}px sans-serif`;
     pen.textAlign = "center";
     pen.textBaseline = "middle";
@@ -128,7 +135,7 @@
     for (let token = 1; token < image.places; token++) {
       const x = ((token - 1) % columns) * cell;
       const y = Math.floor((token - 1) / columns) * cell;
-      const side = Math.sqrt(row[token] / scale) * cell * 0.94;
+      const side = row ? Math.sqrt(row[token] / scale) * cell * 0.94 : 0;
       if (side >= 1) {
         const place = [x + (cell - side) / 2, y + (cell - side) / 2, side, side];
         pen.fillStyle = "rgba(255, 190, 60, 0.5)";
@@ -137,14 +144,14 @@
         pen.lineWidth = 1;
         pen.strokeRect(...place);
       }
-      if (cell >= 24 && row[token] >= 0.01) {
+      if (row && cell >= 24 && row[token] >= 0.01) {
         pen.lineWidth = 3;
         pen.strokeStyle = "#fff";
         pen.fillStyle = "#000";
         pen.strokeText(Math.round(row[token] * 100), x + cell / 2, y + cell / 2);
         pen.fillText(Math.round(row[token] * 100), x + cell / 2, y + cell / 2);
       }
-      if (image === shown.images[patch.slot] && token === patch.token)
+      if (hasPatches && image === shown.images[patch.slot] && token === patch.token)
         for (const [colour, dashes] of [["#fff", []], ["#000", [4, 3]]]) {
           pen.strokeStyle = colour;
           pen.lineWidth = 3;
@@ -166,6 +173,8 @@
   }
 
   const sides = () => (shown.images[0].student ? ["teacher", "student"] : ["teacher"]);
+  // Without rows of words both would show the same picture.
+  const figureSides = () => (hasWords ? sides() : ["picture"]);
 
   function drawWord() {
     const word = wordNow();
@@ -177,10 +186,7 @@
       const { slot, side } = figure.dataset;
       const row = rows[slot][side];
       drawMap(figure.querySelector("canvas"), shown.images[slot], row, scale);
-      const button = figure.querySelector(".cls");
-      button.textContent = `CLS ${percent(row[0])}`;
-      const patch = patchNow();
-      button.setAttribute("aria-pressed", patch.slot === Number(slot) && patch.token === 0);
+      figure.querySelector(".cls").textContent = `CLS ${percent(row[0])}`;
     }
     const pieces = word.pieces && word.pieces.length > 1 ? ` (${word.pieces.join(" ")})` : "";
     byId("word-title").textContent = `Word “${word.text}”${pieces} to the picture, ${headName(state.head)}`;
@@ -203,8 +209,9 @@
   const headName = (head) => (about.heads === 1 ? "mean of the heads" : head === null ? "mean of the heads" : `head ${head + 1}`);
 
   function drawHeads(word) {
-    const image = shown.images[patchNow().slot];
-    const top = (side, head) => {
+    // Of two pictures, the one that is pointed at; where none can be, both.
+    const slots = hasPatches ? [patchNow().slot] : [...shown.images.keys()];
+    const top = (image, side, head) => {
       const row = meanRow(image.t2i, image.t2i[side], head, word.tokens);
       const [token] = strongest(row, 1);
       return `${tokenName(image, token)} (${percent(row[token])})`;
@@ -212,12 +219,14 @@
     const heads = about.heads === 1 ? [null] : [null, ...headsOf(null)];
     fill(
       byId("heads"),
-      ["head", "kept mass", ...(image.student ? ["KL"] : []), ...sides().map((side) => `${side}: strongest`)],
-      heads.map((head) => {
+      ["head", "kept mass", ...(shown.images[0].student ? ["KL"] : []), ...sides().map((side) => `${side}: strongest`)],
+      slots.flatMap((slot) => heads.map((head) => {
+        const image = shown.images[slot];
         const { kept, kl } = factsOf(image.t2i, head, word.tokens);
-        const cells = [head === null ? "mean" : String(head + 1), kept.toFixed(3), ...(kl === null ? [] : [nats(kl)])];
-        return { cells: [...cells, ...sides().map((side) => top(side, head))], now: head === state.head };
-      })
+        const name = (slots.length > 1 ? `image ${slot + 1}, ` : "") + (head === null ? "mean" : String(head + 1));
+        const cells = [name, kept.toFixed(3), ...(kl === null ? [] : [nats(kl)])];
+        return { cells: [...cells, ...sides().map((side) => top(image, side, head))], now: head === state.head };
+      }))
     );
   }
 
@@ -238,8 +247,13 @@
     };
     fill(byId("links"), ["word", ...sides()], shown.units.map((unit, number) => ({
       cells: [unit.text, ...weights[number].map(bar)],
-      now: unit === wordNow(),
+      now: hasWords && unit === wordNow(),
     })));
+    for (const figure of byId("figures").querySelectorAll("figure")) {
+      const own = Number(figure.dataset.slot);
+      if (!hasWords) drawMap(figure.querySelector("canvas"), shown.images[own], null, 1);
+      figure.querySelector(".cls").setAttribute("aria-pressed", slot === own && token === 0);
+    }
     const best = strongest(Float32Array.from(weights, (one) => one[0]), 1)[0];
     return `${longName(image, slot, token)}: ${shown.units[best].text}, ${percent(weights[best][0])}`;
   }
@@ -252,7 +266,7 @@
     requestAnimationFrame(() => {
       asked = false;
       if (!shown) return;
-      const spoken = { word: drawWord(), patch: drawPatch() };
+      const spoken = { word: hasWords ? drawWord() : null, patch: hasPatches ? drawPatch() : null };
       if (state.say) byId("spoken").textContent = spoken[state.say];
       state.say = null;
     });
@@ -299,10 +313,22 @@
     Object.assign(figure.dataset, { slot, side });
     const caption = make("figcaption");
     caption.append(make("b", side, { className: side }), shown.images.length > 1 ? `, image ${slot + 1}` : "");
-    const canvas = make("canvas", null, { tabIndex: 0 });
+    const what = side === "picture" ? "the picture" : `${side}'s map over the picture`;
+    const canvas = make("canvas");
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `${what}, ${image.grid[0]} x ${image.grid[1]} patches`);
+    // A patch has nothing to say without a row of its own.
+    const cls = hasPatches ? make("button", "CLS", { type: "button", className: "cls" }) : make("p", "CLS", { className: "cls" });
+    figure.append(caption, canvas, cls);
+    if (hasPatches) askable(canvas, cls, image, slot);
+    return figure;
+  }
+
+  // Lets patches be pointed at, clicked and walked through.
+  function askable(canvas, cls, image, slot) {
+    canvas.tabIndex = 0;
     canvas.setAttribute("role", "application");
-    canvas.setAttribute("aria-label", `${side}'s map over the picture, ${image.grid[0]} x ${image.grid[1]} patches; ` +
-      "arrow keys choose a patch");
+    canvas.setAttribute("aria-label", `${canvas.getAttribute("aria-label")}; arrow keys choose a patch`);
     canvas.addEventListener("pointermove", (event) => {
       const token = patchAt(event, image);
       if (state.overPatch?.token === token && state.overPatch?.slot === slot) return;
@@ -323,11 +349,8 @@
       const nextColumn = Math.min(columns - 1, Math.max(0, column + right));
       choosePatch(slot, nextRow * columns + nextColumn + 1);
     });
-    const cls = make("button", "CLS", { type: "button", className: "cls" });
     cls.title = "the image's CLS token: choose it as the patch that is asked";
     cls.addEventListener("click", () => choosePatch(slot, 0));
-    figure.append(caption, canvas, cls);
-    return figure;
   }
 
   async function showPair(number) {
@@ -361,12 +384,14 @@
       line.append(make("dt", name), make("dd", value));
       return line;
     }));
-    const buttons = units.map(wordButton);
-    byId("words").replaceChildren(...buttons.slice(0, pair.words.length));
-    byId("special").replaceChildren("special tokens: ", ...buttons.slice(pair.words.length));
+    if (hasWords) {
+      const buttons = units.map(wordButton);
+      byId("words").replaceChildren(...buttons.slice(0, pair.words.length));
+      byId("special").replaceChildren("special tokens: ", ...buttons.slice(pair.words.length));
+    }
     byId("figures").replaceChildren(...images.map((image, slot) => {
       const line = make("div", null, { className: "side-by-side" });
-      line.append(...sides().map((side) => figureOf(image, slot, side)));
+      line.append(...figureSides().map((side) => figureOf(image, slot, side)));
       return line;
     }));
     draw();
@@ -374,6 +399,9 @@
   }
 
   function begin() {
+    for (const part of document.querySelectorAll("[data-has]")) {
+      if (!part.dataset.has.split(" ").includes(has)) part.remove();
+    }
     byId("chosen").textContent = [
       about.run === null ? "" : `Student ${about.run}`,
       `layer ${about.layer}`,
@@ -385,7 +413,7 @@
     byId("head").append(...names.map((name, place) => make("option", name, { value: place })));
     byId("head").addEventListener("change", (event) => {
       state.head = Number(event.target.value) ? Number(event.target.value) - 1 : null;
-      draw("word");
+      draw(hasWords ? "word" : "patch");
     });
     document.addEventListener("keydown", (event) => {
       if (event.key !== "h" || event.ctrlKey || event.altKey || event.metaKey || event.target.tagName === "SELECT") return;
@@ -393,7 +421,7 @@
       byId("head").dispatchEvent(new Event("change"));
     });
     if (pairs[0].images[0].kept)
-      byId("scale").append(" What the cache has not kept of a row shows nothing: see its kept mass.");
+      document.querySelector(".scale").append(" What the cache has not kept of a row shows nothing: see its kept mass.");
     const score = { divergence: "KL", "kept mass": "lost mass" }[about.order];
     byId("pairs").append(...pairs.map((pair, number) => {
       const button = make("button", `${number + 1}. ${pair.text}`, { type: "button" });
