@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dde_cache.assets import ASSETS, is_plain_file
+from dde_cache.candidates import no_cache
 from dde_cache.errors import CacheError, bullet_list
 from dde_cache.files import partial_path, place
 from dde_cache.spec import FORMAT_VERSION, MAX_JSON, Manifest, hash_json, indented_json, parse_json
@@ -52,10 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
     if linked:
         raise CacheError(linked[0])
     if not path.exists():
-        raise CacheError(
-            f"{folder}: expected a cache, but it has no {MANIFEST}; make one with `dde-cache extract`, or run the "
-            "`dde-cache pull` that began it to the end"
-        )
+        raise CacheError(f"{folder}: expected a cache, but it has no {MANIFEST}; {no_cache(folder)}")
     try:
         if not is_plain_file(path) or path.stat().st_size > MAX_JSON:
             raise ValueError(f"expected a plain file of at most {MAX_JSON:,} bytes")
