@@ -52,7 +52,7 @@ from dde_cache.targets import CacheTargets, decoded
 from dde_cache.tasks import load_task
 from dde_cache.tokens import TokenAligner
 from dde_cache.towers.contract import PatchLayout
-from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower
+from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower, find_blocks
 from dde_cache.towers.pixels import Scale, resize
 from dde_cache.towers.read import read_image_tower, read_text_tower
 
@@ -253,12 +253,27 @@ def test_a_folder_without_processor_or_tokenizer(tmp_path):
         read_text_tower(str(tmp_path / "nowhere" / "at" / "all"))
 
 
-def test_a_model_without_attention_is_refused_with_its_modules(tmp_path):
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3)
+def test_a_model_without_attention_is_refused_with_its_stacks_on_one_screen(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 12, depths=[1] * 12, num_channels=3)
     ResNetModel(config).save_pretrained(tmp_path)
     image_processor().save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=r"query/key, q_proj/k_proj.*ResNetModel has none(.|\n)*embedder"):
+    with pytest.raises(TeacherError, match=r"query/key, q_proj/k_proj.*ResNetModel has none") as refused:
         read_image_tower(str(tmp_path), RUN_IMAGES)
+    said = str(refused.value)
+    assert "encoder.stages: 12 x ResNetStage, linear maps: none" in said
+    assert len(said.splitlines()) <= 12
+    assert len(said) < 1600
+
+
+def test_what_a_model_without_known_blocks_has_is_said():
+    blocks = nn.ModuleList([nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))] * 3)
+    with pytest.raises(TeacherError, match=r"layers: 3 x Sequential, linear maps: 0, 1, 2, 3, 4, 5, \.\.\.$"):
+        find_blocks(nn.ModuleDict({"layers": blocks}))
+    many = nn.ModuleDict({f"stack{number}": nn.ModuleList([nn.Identity()]) for number in range(99)})
+    with pytest.raises(TeacherError, match=r"stack7: (.|\n)*\(\+91 more\)$"):
+        find_blocks(many)
+    with pytest.raises(TeacherError, match=r"Its stacks:\n  none; it is made of one, two$"):
+        find_blocks(nn.ModuleDict({"one": nn.Linear(1, 1), "two": nn.Linear(1, 1)}))
 
 
 def test_sizes_that_do_not_belong_together(tmp_path):
