@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dde_cache.assets import ASSETS, is_plain_file
 from dde_cache.candidates import no_cache
 from dde_cache.errors import CacheError, bullet_list
-from dde_cache.files import partial_path, place
+from dde_cache.files import partial_file, place
 from dde_cache.spec import FORMAT_VERSION, MAX_JSON, Manifest, hash_json, indented_json, parse_json
 
 MANIFEST = "manifest.json"
@@ -22,15 +22,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> bool:
     """Write a file whole or not at all; without `replace`, return False where there is one already."""
-    partial = partial_path(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    with partial_file(path) as (file, partial):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
         return place(partial, path, replace=replace)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def folder_problems(folder: Path) -> list[str]:
