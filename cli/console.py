@@ -1,6 +1,7 @@
 """What every command shows on the terminal: tables on stdout, progress and errors on stderr.
 
-`--quiet`, which every command has, leaves errors, warnings and JSON.
+`--quiet`, which every command has, leaves errors, warnings and JSON. So no command writes to stderr itself: it calls
+`note`, which is silent then, or `warn`.
 """
 
 import functools
@@ -40,7 +41,7 @@ def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
         console.quiet = quiet
         return command(*arguments, **options)
 
-    option = typer.Option(False, "--quiet", help="No tables and no progress; errors, warnings and JSON stay.")
+    option = typer.Option(False, "--quiet", help="No tables, notes and progress; errors, warnings and JSON stay.")
     added = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=option, annotation=bool)
     signature = inspect.signature(command)
     # Typer reads options from here.
@@ -50,9 +51,14 @@ def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def note(text: str) -> None:
-    """Say on stderr what is neither a warning nor asked for."""
+    """Say on stderr what is neither a warning nor asked for; with --quiet, nothing."""
     if not console.quiet:
         errors.print(text, highlight=False)
+
+
+def warn(text: str) -> None:
+    """Say on stderr what may make a result another than was meant, also with --quiet."""
+    errors.print(f"[yellow]warning:[/] {text}", highlight=False)
 
 
 class _Bars(Progress):

@@ -259,6 +259,8 @@ def _summary_table(summary: ExtractSummary, out: Path) -> Table:
         "dense float16 / stored": "-" if summary.dense_ratio is None else f"{summary.dense_ratio:.1f}",
         "texts that were cut": f"{summary.cut_texts:,}",
     }
+    if summary.cropped_pictures:
+        rows["pictures that lost a margin"] = f"{summary.cropped_pictures:,}: the teacher's processor crops them"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

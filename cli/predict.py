@@ -14,7 +14,7 @@ from dde_cache.predict import Prediction, write_lines
 from dde_cache.predict import predict as run_predict
 from dde_cache.questions import read_questions
 
-from .console import errors, progress
+from .console import note, progress
 
 
 def predict(
@@ -43,7 +43,7 @@ def predict(
         else:
             count = write_lines(out, counted())
     if out is not None:
-        errors.print(f"{count:,} answers in {escape(str(out))}", highlight=False)
+        note(f"{count:,} answers in {escape(str(out))}")
 
 
 def _print(answers: Iterator[Prediction]) -> None:

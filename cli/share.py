@@ -12,7 +12,7 @@ from dde_cache.share import pull as run_pull
 from dde_cache.share import push as run_push
 from dde_cache.spec import UnitEntry
 
-from .console import byte_progress, console, errors, print_json
+from .console import byte_progress, console, print_json, warn
 
 
 def push(
@@ -25,11 +25,9 @@ def push(
         report = run_push(cache, url, _watch(bar, "push"))
     _show(report, json)
     if report.to_fill_in:
-        errors.print(
+        warn(
             escape(f"the card still says `fill in` ({', '.join(report.to_fill_in)}): fill in {cache}/README.md and ")
-            + "push again, so that others know what they may do with it",
-            style="yellow",
-            highlight=False,
+            + "push again, so that others know what they may do with it"
         )
 
 

@@ -33,7 +33,7 @@ from dde_cache.train import RunRecord, Stage
 from dde_cache.train import train as run_train
 from dde_cache.views import AS_PROCESSED
 
-from .console import console, errors, print_json, progress
+from .console import console, note, print_json, progress, warn
 from .places import CACHE_DIR, CACHE_LIMIT, opened
 
 NONE = "none"
@@ -140,14 +140,14 @@ def train(
     notes = [f"[yellow]not as published:[/] {escape(line)}" for line in _lacking(preset, chosen, init, settings.view)]
     if init is not None and is_run(init):
         notes.append(escape(announced(init, _head(settings))))
-    for note in notes if ranks.first else ():
-        errors.print(note, highlight=False)
+    for line in notes if ranks.first else ():
+        note(line)
     training, held_out = open_shards(shards), open_shards(valid) if valid else []
     bar = progress("loss {task.fields[loss]}", "valid {task.fields[valid]}", "wait {task.fields[wait]}")
     bar.disable = bar.disable or not ranks.first
     with warnings.catch_warnings(), bar:
         warnings.simplefilter("always", PixelDriftWarning)
-        warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
+        warnings.showwarning = lambda message, *_: warn(escape(str(message)))
         task = bar.add_task("prepare", total=None, loss="-", valid="-", wait="-")
 
         def step(number: int, record: Mapping[str, float]) -> None:
@@ -158,7 +158,7 @@ def train(
             step,
             lambda number, accuracy: bar.update(task, valid=f"{accuracy:.3f}"),
             lambda steps: bar.update(task, total=steps, description="train"),
-            lambda line: errors.print(escape(line), highlight=False),
+            lambda line: note(escape(line)),
         )
         about = {"shards": shards, "valid": valid, "targets": targets or teacher, "init": init, "preset": preset}
         common: dict[str, Any] = {"valid": held_out, "resume": resume, "about": about, "progress": watch}
@@ -226,6 +226,22 @@ def _settings(
     return resolve_config(TrainConfig, config, set_, task_settings(task, preset), **given)
 
 
+def _check_idle(settings: TrainConfig, targets: str | None) -> None:
+    """Refuse what says how attention is compared on other tokens, where no attention is.
+
+    A study has the same settings in all its cells, also in those of labels alone; so only what a user asks for one run
+    is held to this.
+    """
+    if targets != NONE and settings.attention_weight:
+        return
+    fields = type(settings).model_fields
+    idle = [name for name in ("grids", "missing_tokens") if getattr(settings, name) != fields[name].default]
+    if idle:
+        why = "--targets none" if targets == NONE else "attention_weight 0"
+        said = " and ".join(f"{name} {getattr(settings, name)}" for name in idle)
+        raise InputError(f"expected {said} where attention is compared, got {why}; leave it out")
+
+
 def _targets(
     targets: str | None,
     teacher: str | None,
@@ -246,6 +262,7 @@ def _targets(
         )
     if (like is not None) != (targets == NONE):
         raise InputError("expected --like CACHE|TEACHER together with --targets none, and only there")
+    _check_idle(settings, targets)
     if like is not None:
         return labels_only(open_(like) if is_url(like) else like)
     if targets is not None:

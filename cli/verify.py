@@ -1,5 +1,6 @@
 """`dde-cache verify`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -7,8 +8,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from dde_cache.candidates import is_candidates, is_scores, no_cache
 from dde_cache.errors import InputError
-from dde_cache.matching import is_scores, verify_scores
+from dde_cache.matching import verify_scores
 from dde_cache.samples import open_shards
 from dde_cache.verify import VerifyProgress, VerifyReport
 from dde_cache.verify import verify as run_verify
@@ -21,18 +23,14 @@ def verify(
     fast: bool = typer.Option(False, "--fast", help="Leave out what reads every byte of every unit."),
     against: str | None = typer.Option(None, help="Shards to compare keys and contents with."),
     teacher: str | None = typer.Option(None, help="Recompute pairs of --against with this teacher."),
-    sample: int = typer.Option(64, min=1, help="How many pairs --teacher recomputes."),
-    device: str = typer.Option("cpu", help="Where --teacher runs."),
+    sample: int | None = typer.Option(None, min=1, help="How many pairs --teacher recomputes. Default 64."),
+    device: str | None = typer.Option(None, help="Where --teacher runs. Default cpu."),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Judge CACHE: every hash, checksum and bound. Exit code 0 where it is sound, 1 where not."""
+    _refuse_idle(cache, fast, teacher, {"--sample": sample, "--device": device})
     shards = None if against is None else open_shards(against)
     if is_scores(cache):
-        if teacher is not None or fast:
-            raise InputError(
-                f"{cache}: expected a cache with --teacher or --fast; scores of candidates are judged whole, and not "
-                "recomputed"
-            )
         _give(verify_scores(cache, shards), json)
         return
     with byte_progress("{task.fields[name]}") as bar:
@@ -41,11 +39,26 @@ def verify(
             fast=fast,
             against=shards,
             teacher=teacher,
-            sample=sample,
-            device=device,
+            sample=sample or 64,
+            device=device or "cpu",
             progress=watch(bar),
         )
     _give(report, json)
+
+
+def _refuse_idle(cache: Path, fast: bool, teacher: str | None, of_teacher: Mapping[str, int | str | None]) -> None:
+    """Refuse what is no cache and no scores, and options that would have no effect."""
+    if is_candidates(cache):
+        raise InputError(f"{cache}: expected a cache, or scores of candidates; {no_cache(cache)}")
+    given = [name for name, value in of_teacher.items() if value is not None]
+    if is_scores(cache) and (teacher is not None or fast or given):
+        given = ["--teacher"] * (teacher is not None) + ["--fast"] * fast + given
+        raise InputError(
+            f"{cache}: expected a cache with {' and '.join(given)}; scores of candidates are judged whole, and not "
+            "recomputed"
+        )
+    if given and teacher is None:
+        raise InputError(f"expected {' and '.join(given)} together with --teacher, which recomputes pairs")
 
 
 def _give(report: VerifyReport, as_json: bool) -> None:

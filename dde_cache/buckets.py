@@ -54,6 +54,7 @@ class UnitWork:
         partners: of those places whose pass exchanges pictures.
         batches: of numbers in `place`.
         cut_texts: texts that are longer than the text length.
+        cropped_pictures: pictures of which the processor cuts something off.
     """
 
     samples: list[Sample]
@@ -61,6 +62,7 @@ class UnitWork:
     partners: dict[Place, Partner]
     batches: list[list[int]]
     cut_texts: int
+    cropped_pictures: int
 
     @classmethod
     def of(cls, shard: Shard, preprocessor: Preprocessor, spec: TargetSpec, batch_size: int) -> "UnitWork":
@@ -88,7 +90,9 @@ class UnitWork:
         )
         batches = list(bucketed(tokens, [TEXT_BUCKET, *[IMAGE_BUCKET] * (tokens.shape[1] - 1)], batch_size))
         cut = sum(length > spec.text_length for length in lengths)
-        return cls(samples, place, partners, batches, cut)
+        shown = [image for sample in samples for image in sample.images]
+        cropped = sum(preprocessor.loses_margin(*image.size()) for image in shown)
+        return cls(samples, place, partners, batches, cut, cropped)
 
 
 def _image_tokens(shard: Shard, sample: Sample, preprocessor: Preprocessor) -> list[int]:

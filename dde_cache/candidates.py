@@ -27,6 +27,10 @@ NONE = 2**32 - 1
 
 MAX_TOP = 2**10
 
+INDEX = "scores.json"
+CANDIDATES = "candidates.zarr.zip"
+"""Files of a folder of scores, which `matching` describes."""
+
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -117,6 +121,43 @@ def read_candidates(path: Path) -> Candidates:
         raise _damaged(path, error) from error
     finally:
         blocks.close()
+
+
+def is_candidates(path: Path) -> bool:
+    """Whether a file says that it holds candidates; the rest of it may be damaged."""
+    if not path.is_file():
+        return False
+    try:
+        blocks = Blocks(path)
+    except _DAMAGE:
+        return False
+    try:
+        CandidateAttributes.model_validate(blocks.metadata("")["attributes"])
+        return True
+    except _DAMAGE:
+        return False
+    finally:
+        blocks.close()
+
+
+def is_scores(folder: Path) -> bool:
+    """Whether a folder holds scores, whole or cut short."""
+    return (folder / INDEX).exists() or (folder / CANDIDATES).exists()
+
+
+def no_cache(place: Path) -> str:
+    """What lies where a cache was expected, and what reads it; or how a cache is made."""
+    if is_candidates(place):
+        return (
+            "got a file of candidates of `dde-cache mine`; `dde-cache extract SHARDS --teacher TEACHER --candidates "
+            f"{place} --out SCORES` has them scored"
+        )
+    if is_scores(place):
+        return (
+            "got scores of `dde-cache extract --candidates`; `dde-cache verify` judges them and says how bad "
+            "ones are made again, `dde-cache train --candidates` learns from them"
+        )
+    return "make one with `dde-cache extract`, or run the `dde-cache pull` that began it to the end"
 
 
 def _read(blocks: Blocks, digest: str) -> Candidates:

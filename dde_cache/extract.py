@@ -51,6 +51,9 @@ class ExtractSummary(Model):
     bytes_a_pair: float
     dense_ratio: float | None = Field(description="dense float16 maps of the valid tokens / bytes of these units")
     cut_texts: int = Field(description="texts longer than the text length, which teacher and student see cut")
+    cropped_pictures: int = Field(
+        default=0, description="pictures of which the teacher's processor cuts a margin off, which nobody sees then"
+    )
 
 
 def extract(
@@ -118,6 +121,7 @@ def extract(
         bytes_a_pair=size / max(pairs, 1),
         dense_ratio=kept.dense_bytes / kept.bytes if kept.bytes else None,
         cut_texts=run.cut_texts,
+        cropped_pictures=run.cropped_pictures,
     )
 
 
@@ -213,7 +217,7 @@ class _Run:
         self._preprocessor, self._spec, self._config = ready.teacher.preprocessor, ready.spec, config
         self._writer, self._progress = writer, progress
         self.encoder = TargetEncoder(ready.teacher, ready.spec, config.device)
-        self.cut_texts = 0
+        self.cut_texts = self.cropped_pictures = 0
 
     def units(self, shards: Sequence[Shard], table: PairTable, provenance: Provenance) -> list[UnitEntry]:
         """Extract and write the units of some shards."""
@@ -225,6 +229,7 @@ class _Run:
             records = self._read(batches, len(table.numbers(number)))
             work = ahead.popleft()
             self.cut_texts += work.cut_texts
+            self.cropped_pictures += work.cropped_pictures
             shown = [work.place[row] for batch in work.batches for row in batch]
             arrays = assemble(records, work.samples, shown, self._spec, work.partners)
             own = provenance.model_copy(update={"shards": shard.path.parent.name})

@@ -1,17 +1,26 @@
 """Files that appear under their names whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+
+ABANDONED_SECONDS = 3600.0
+"""Without a change, before a file that nobody holds counts as left by a killed writer."""
+
+_PARTIAL = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.partial")
+"""Names that `partial_path` gives."""
 
 
 def write_members(path: Path, members: Mapping[str, bytes], *, replace: bool = True) -> tuple[int, str]:
@@ -21,18 +30,45 @@ def write_members(path: Path, members: Mapping[str, bytes], *, replace: bool = T
         OSError: the disk is full; nothing under `path` then.
         FileExistsError: without `replace`, another writer has put a file there in the meantime; it stays.
     """
-    partial = partial_path(path)
-    try:
-        with open(partial, "wb") as file:
-            _write_zip(file, members)
-            file.flush()
-            os.fsync(file.fileno())
+    with partial_file(path) as (file, partial):
+        _write_zip(file, members)
+        file.flush()
+        os.fsync(file.fileno())
         size, digest = partial.stat().st_size, hash_file(partial)
         if not place(partial, path, replace=replace):
             raise FileExistsError(errno.EEXIST, "another writer was first", str(path))
+    return size, digest
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """Open a new temporary file beside `path`, which its writer holds until the end of the block, and is gone then.
+
+    The kernel lets go of what a killed process held, so that others can tell whether a writer is alive.
+    """
+    partial = partial_path(path)
+    try:
+        with open(partial, "wb") as file:
+            # Where a file system has no locks, nobody removes what is left there either.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file, partial
     finally:
         partial.unlink(missing_ok=True)
-    return size, digest
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove temporary files of `partial_file` that a killed writer left in a folder, and no other's.
+
+    A file goes where nobody holds it and nothing was written to it for an hour: between the opening and the lock it is
+    not held yet, and some network file systems do not show the locks of other machines.
+    """
+    for path in folder.glob(".*.partial"):
+        if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            with suppress(OSError), open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink(missing_ok=True)
 
 
 def partial_path(path: Path) -> Path:

@@ -6,8 +6,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dde_cache.assets import ASSETS, is_plain_file
+from dde_cache.candidates import no_cache
 from dde_cache.errors import CacheError, bullet_list
-from dde_cache.files import partial_path, place
+from dde_cache.files import partial_file, place
 from dde_cache.spec import FORMAT_VERSION, MAX_JSON, Manifest, hash_json, indented_json, parse_json
 
 MANIFEST = "manifest.json"
@@ -21,15 +22,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes, *, replace: bool = True) -> bool:
     """Write a file whole or not at all; without `replace`, return False where there is one already."""
-    partial = partial_path(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    with partial_file(path) as (file, partial):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
         return place(partial, path, replace=replace)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -52,10 +49,7 @@ def read_manifest(folder: Path) -> Manifest:
     if linked:
         raise CacheError(linked[0])
     if not path.exists():
-        raise CacheError(
-            f"{folder}: expected a cache, but it has no {MANIFEST}; make one with `dde-cache extract`, or run the "
-            "`dde-cache pull` that began it to the end"
-        )
+        raise CacheError(f"{folder}: expected a cache, but it has no {MANIFEST}; {no_cache(folder)}")
     try:
         if not is_plain_file(path) or path.stat().st_size > MAX_JSON:
             raise ValueError(f"expected a plain file of at most {MAX_JSON:,} bytes")

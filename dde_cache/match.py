@@ -1,8 +1,9 @@
 """What stands between a student and a teacher of another shape: settled, or refused, before anything is trained."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import ViltConfig
@@ -11,7 +12,10 @@ from dde_cache.align import ALIKE, Axes
 from dde_cache.attention import QueryKey
 from dde_cache.choices import DistillConfig
 from dde_cache.errors import InputError, TeacherError, bullet_list
+from dde_cache.join import units_by_source
 from dde_cache.samples import Shard
+from dde_cache.spec import UnitEntry
+from dde_cache.store import Cache
 from dde_cache.student import DualEncoder
 from dde_cache.tokens import TokenAligner
 from dde_cache.towers.contract import Tower
@@ -166,6 +170,44 @@ def describe_axes(student: DualEncoder, axes: Axes, grid: tuple[int, int]) -> li
     if axes.text:
         notes.append("texts: the text tower has a tokenizer of its own; its attention is aligned by characters")
     return notes
+
+
+def check_grids(shards: Sequence[Shard], caches: Sequence[Cache], axes: Axes) -> None:
+    """Refuse other patch grids before the first step, where none may differ: units say the grid of every picture.
+
+    Units of a cache behind a URL are not fetched for it; there a picture is refused when it comes, as with a teacher
+    that is run beside the student.
+
+    Raises:
+        InputError: some pictures have another grid than the image tower.
+    """
+    if axes.image is None or not axes.same_grids:
+        return
+    own = (axes.image.rows, axes.image.columns)
+    other: dict[str, tuple[int, ...]] = {}
+    for cache in caches:
+        for shard in () if cache.streams else shards:
+            for entry in units_by_source(cache).get(shard.name, ()):
+                other |= _other_grids(cache, entry, own, set(shard.keys))
+    if other:
+        lines = [f"sample {key!r}: {rows} x {columns}" for key, (rows, columns) in other.items()]
+        raise InputError(
+            f"expected pictures with the image tower's grid of {own[0]} x {own[1]} patches (grids: refuse), but "
+            f"{len(lines):,} samples have others:{bullet_list(lines)}\ntrain with --grids resample, or resize the "
+            "pictures"
+        )
+
+
+def _other_grids(cache: Cache, entry: UnitEntry, own: tuple[int, int], keys: Set[str]) -> dict[str, tuple[int, ...]]:
+    """Samples of a unit with another grid, and a grid of theirs."""
+    unit = cache.unit(entry)
+    try:
+        names, maps = unit.keys, unit.maps
+    finally:
+        unit.close()
+    rows = np.flatnonzero((maps.grid != np.array(own)).any(-1))
+    found = {names[maps.sample[row]]: tuple(maps.grid[row].tolist()) for row in rows.tolist()}
+    return {key: grid for key, grid in found.items() if key in keys}
 
 
 def check_texts(shards: Sequence[Shard], tokens: TokenAligner, *, drop: bool) -> list[str]:

@@ -19,6 +19,8 @@ from pydantic import Field, ValidationError
 from dde_cache.assets import is_plain_file
 from dde_cache.audit import Problem
 from dde_cache.blocks import Blocks
+from dde_cache.candidates import CANDIDATES as CANDIDATES
+from dde_cache.candidates import INDEX as INDEX
 from dde_cache.candidates import NONE, Candidates, changes, read_candidates
 from dde_cache.errors import CacheError, bullet_list
 from dde_cache.files import hash_file
@@ -28,10 +30,11 @@ from dde_cache.spec import MAX_JSON, Dtype, Line, Model, Sha256, TeacherIdentity
 from dde_cache.unit import SUFFIX
 from dde_cache.verify import Findings, VerifyReport
 
-INDEX = "scores.json"
-CANDIDATES = "candidates.zarr.zip"
 UNIT_SAMPLES = 256
 """Samples whose scores are lost at most when the process is killed."""
+
+Pairs = Sequence[tuple[int, int]]
+"""Numbers of a text and of the sample whose picture it is beside."""
 
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -101,6 +104,18 @@ def plan_units(found: Candidates) -> dict[str, range]:
     }
 
 
+def pairs_of(found: Candidates, rows: range) -> Pairs:
+    """Every pair that is scored for some samples, each once: texts beside their own pictures, and candidates."""
+    pairs: dict[tuple[int, int], None] = {}
+    for number in rows:
+        texts = range(int(found.starts[number]), int(found.starts[number + 1]))
+        for text in texts:
+            pairs |= {(text, number): None}
+            pairs |= {(text, int(other)): None for other in found.pictures[text] if other != NONE}
+        pairs |= {(int(text), number): None for text in found.texts[number] if text != NONE}
+    return list(pairs)
+
+
 def read_unit(path: Path, found: Candidates) -> tuple[ScoreAttributes, dict[str, np.ndarray]]:
     """Attributes and arrays of a unit, every checksum and bound checked.
 
@@ -140,7 +155,16 @@ def read_unit(path: Path, found: Candidates) -> tuple[ScoreAttributes, dict[str,
 
 def _damaged(path: Path, error: Exception) -> CacheError:
     first = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    return CacheError(f"{path}: this unit of scores is damaged ({first}); delete it and run the same `extract` again")
+    return CacheError(f"{path}: this unit of scores is damaged ({first}); {_again(path)}")
+
+
+def _again(unit: Path) -> str:
+    """How a bad unit of scores is made again: its neighbours are kept."""
+    folder = unit.parent.parent
+    return (
+        f"delete it and run `dde-cache extract SHARDS --teacher TEACHER --candidates {folder / CANDIDATES} --out "
+        f"{folder}`, which scores again what is missing"
+    )
 
 
 class Scores:
@@ -226,18 +250,13 @@ def _disagreements(index: ScoreIndex, found: Candidates) -> list[str]:
 
 def _checked(path: Path, unit: ScoreUnit, index: ScoreIndex, found: Candidates) -> dict[str, np.ndarray]:
     if not is_plain_file(path):
-        raise CacheError(f"{path}: this unit of scores is missing; run the same `extract` again")
+        raise CacheError(f"{path}: this unit of scores is missing, or no plain file; {_again(path)}")
     if hash_file(path) != unit.sha256:
-        raise CacheError(f"{path}: not the bytes that {INDEX} lists; delete it and run the same `extract` again")
+        raise CacheError(f"{path}: not the bytes that {INDEX} lists; {_again(path)}")
     attributes, arrays = read_unit(path, found)
     if attributes.fingerprint != index.fingerprint:
         raise CacheError(f"{path}: scores of another teacher or of other candidates")
     return arrays
-
-
-def is_scores(folder: Path) -> bool:
-    """Whether a folder holds scores, whole or cut short."""
-    return (folder / INDEX).exists() or (folder / CANDIDATES).exists()
 
 
 def verify_scores(folder: Path, against: Sequence[Shard] | None = None) -> VerifyReport:
@@ -283,7 +302,7 @@ def verify_scores(folder: Path, against: Sequence[Shard] | None = None) -> Verif
         units=0 if index is None else len(index.units),
         sound_units=sound,
         samples=0 if found is None else len(found.keys),
-        pairs=0 if found is None else len(found.sample),
+        pairs=0 if found is None else sum(len(pairs_of(found, rows)) for rows in plan_units(found).values()),
         bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         against=None if against is None or found is None else len(found.keys),
         recomputed=None,

@@ -95,6 +95,7 @@ class Preprocessor:
         self.text_length = text_length
         self.side = side
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        self._cropped: dict[tuple[int, int], bool] = {}
         images = processor.image_processor
         self._options = _ALWAYS | (_FLAVA if type(images).__name__.startswith("Flava") else {})
         divisor = getattr(images, "size_divisor", None)
@@ -206,14 +207,15 @@ class Preprocessor:
             )
         return np.asarray(pixels, dtype=np.float32)
 
-    def _process(self, image: Image.Image) -> Float[np.ndarray, "c y x"]:
+    def _process(self, image: Image.Image, **options: Any) -> Float[np.ndarray, "c y x"]:
         """What the library makes of one picture.
 
         Raises:
             InputError: it cannot resize it (to nothing, say, where it is a thin line).
         """
+        options = self._options | options
         try:
-            return self.processor.image_processor(image, return_tensors="np", **self._options)["pixel_values"][0]
+            return self.processor.image_processor(image, return_tensors="np", **options)["pixel_values"][0]
         except ValueError as error:
             raise InputError(f"a picture of {image.width} x {image.height} px cannot be processed: {error}") from error
 
@@ -227,6 +229,21 @@ class Preprocessor:
             rows, columns = self.pixels(Image.new("RGB", (width, height))).shape[1:]
             self._grids[width, height] = rows // self.patch_size, columns // self.patch_size
         return self._grids[width, height]
+
+    def loses_margin(self, width: int, height: int) -> bool:
+        """Whether the processor cuts something off pictures of a size in pixels, as BridgeTower's does with those that
+        are no square: neither teacher nor student sees what lies there.
+
+        Raises:
+            InputError: as `pixels`.
+        """
+        if not getattr(self.processor.image_processor, "do_center_crop", False):
+            return False
+        if (width, height) not in self._cropped:
+            blank = Image.new("RGB", (width, height))
+            whole, kept = (self._process(blank, do_center_crop=crop).shape[1:] for crop in (False, True))
+            self._cropped[width, height] = whole[0] > kept[0] or whole[1] > kept[1]
+        return self._cropped[width, height]
 
     def levels(self, pixels: Float[np.ndarray, "c y x"]) -> UInt8[np.ndarray, "c y x"]:
         """Undo what `pixels` does after resizing: the picture in 8 bits, free of the rounding errors of floats."""

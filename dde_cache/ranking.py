@@ -20,6 +20,7 @@ from dde_cache.initial import is_run
 from dde_cache.losses import ranking_sum
 from dde_cache.matching import Scores
 from dde_cache.preprocess import Preprocessor
+from dde_cache.ranks import Ranks
 from dde_cache.samples import Shard
 from dde_cache.sources import Targets, caches_of
 from dde_cache.stream import Pair, Recent
@@ -173,9 +174,12 @@ def check_ranking(
 ) -> None:
     """Refuse candidates without weight or the reverse, of other shards, and of a stale round.
 
+    Every sample is read at each start, also of a resumed run, but by the first rank alone.
+
     Raises:
         InputError: weight and candidates do not go together, the task compares no vectors, or shards have changed.
         CacheError: another student mined them than the one that training starts from.
+        RunError: on the other ranks, where the first one refuses the shards.
     """
     if (scores is None) != (config.ranking_weight == 0):
         raise InputError(
@@ -192,7 +196,7 @@ def check_ranking(
         raise InputError(f"expected --candidates with --task retrieval, got {config.task}: it compares no vectors")
     if any(one.on_missing == "skip" for one in caches_of(targets)):
         raise InputError("expected --on-missing error with --candidates: every candidate must be there")
-    check_shards(scores.candidates, shards, str(scores.folder))
+    Ranks().on_first(lambda: check_shards(scores.candidates, shards, str(scores.folder)))
     if init is not None and is_run(init) and Student.from_pretrained(init).fingerprint != scores.index.student:
         raise CacheError(
             f"{scores.folder}: a stale round: its candidates are of {scores.candidates.name}, which is not the student "

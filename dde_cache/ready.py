@@ -9,11 +9,22 @@ from dde_cache.choices import check_blocks
 from dde_cache.distill import ATTENTION_MAPS, PROJECTIONS, TrainConfig
 from dde_cache.errors import InputError
 from dde_cache.initial import begin_student
-from dde_cache.match import Matched, Raw, attention_maps, axes_of, check_texts, describe_axes, describe_maps
+from dde_cache.match import (
+    Matched,
+    Raw,
+    attention_maps,
+    axes_of,
+    check_grids,
+    check_texts,
+    describe_axes,
+    describe_maps,
+)
 from dde_cache.prepare import TrainingPlan
 from dde_cache.preprocess import Preprocessor
+from dde_cache.ranks import Ranks
 from dde_cache.samples import Shard
 from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, Targets, averages_heads, layers_of, parts_of
+from dde_cache.store import Cache
 from dde_cache.student import DualEncoder, Head
 from dde_cache.tokens import TokenAligner, same_tokens
 
@@ -80,6 +91,7 @@ def fit_student(
     kept: list[int] = []
     projections: list[nn.Module] = []
     heads: list[nn.Module] = []
+    caches: list[Cache] = []
     parts = [one for one in parts_of(targets, config) if not isinstance(one[0], LabelsOnly) and one[1].reads_records]
     notes: list[str] = []
     for part, own in parts:
@@ -97,6 +109,7 @@ def fit_student(
             want = part.cache.spec.teacher_heads if cached else plan.tower.num_attention_heads  # type: ignore[union-attr]
             maps = attention_maps(student, plan.tower, want, len(pairs), mean_heads=averages_heads(part, own))
             heads += maps
+            caches += [part.cache] if cached else []  # type: ignore[union-attr]
             if not isinstance(maps[0], Raw):
                 notes.append(describe_maps(student, want, plan.tower.hidden_size // plan.tower.num_attention_heads))
         for kind in own.states:
@@ -107,7 +120,9 @@ def fit_student(
         student.add_module(ATTENTION_MAPS, nn.ModuleList(heads))
     if projections:
         student.add_module(PROJECTIONS, nn.ModuleList(projections))
-    return _matched(student, config, plan, tokens, shards, tuple(dict.fromkeys(notes))) if parts else Matched()
+    if not parts:
+        return Matched()
+    return _matched(student, config, plan, tokens, shards, caches, tuple(dict.fromkeys(notes)))
 
 
 def _matched(
@@ -116,9 +131,11 @@ def _matched(
     plan: TrainingPlan,
     tokens: TokenAligner | None,
     shards: Sequence[Shard],
+    caches: Sequence[Cache],
     notes: tuple[str, ...],
 ) -> Matched:
-    """How a student's tokens stand to the teacher's."""
+    """How a student's tokens stand to the teacher's. What is said of all texts is known to the first rank, which says
+    it; `caches` are those whose attention is compared."""
     axes = axes_of(student, tokens, config)
     found: list[str] = []
     if config.missing_tokens == "drop" and (axes.alike or not config.attention_weight):
@@ -128,7 +145,10 @@ def _matched(
     if config.attention_weight and not axes.alike:
         picture = shards[0].read(shards[0].keys[0]).images[0]
         found += describe_axes(student, axes, plan.preprocessor.grid(*picture.size()))
-        found += [] if tokens is None else check_texts(shards, tokens, drop=axes.drop)
+        check_grids(shards, caches, axes)
+        if tokens is not None:
+            # Reading and cutting every text takes minutes where there are millions.
+            Ranks().on_first(lambda: found.extend(check_texts(shards, tokens, drop=axes.drop)))
     return Matched(axes, (*notes, *found))
 
 

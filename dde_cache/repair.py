@@ -17,6 +17,7 @@ from pydantic import Field
 
 from dde_cache.assets import ASSETS, asset_problems
 from dde_cache.audit import Problem
+from dde_cache.candidates import is_candidates, is_scores, no_cache
 from dde_cache.card import CARD, card_problem, seal_card, write_card
 from dde_cache.errors import CacheError, InputError, bullet_list
 from dde_cache.extract import ExtractProgress, extract
@@ -24,7 +25,7 @@ from dde_cache.files import hash_file
 from dde_cache.identity import config_of, save_assets
 from dde_cache.samples import Shard
 from dde_cache.spec import FORMAT_VERSION, Manifest, Model, Provenance, UnitAttributes, UnitEntry, difference
-from dde_cache.store import UNITS, read_manifest, write_manifest
+from dde_cache.store import MANIFEST, UNITS, read_manifest, write_manifest
 from dde_cache.teacher import FusionTeacher
 from dde_cache.unit import SUFFIX, Unit
 from dde_cache.verify import VerifyProgress, VerifyReport, check_unit, unit_files, verify
@@ -135,6 +136,8 @@ def _survey(folder: Path, progress: VerifyProgress) -> _Survey:
         InputError: there is no cache.
         CacheError: there is no manifest and the units do not say of one accord what it was.
     """
+    if is_candidates(folder) or (is_scores(folder) and not (folder / MANIFEST).exists()):
+        raise InputError(f"{folder}: expected the folder of a cache, {no_cache(folder)}")
     if not (folder / UNITS).is_dir():
         raise InputError(f"{folder}: expected the folder of a cache, found no {UNITS}/ in it")
     try:

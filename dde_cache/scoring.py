@@ -23,11 +23,13 @@ from dde_cache.manifest import UNITS, write_bytes
 from dde_cache.matching import (
     CANDIDATES,
     INDEX,
+    Pairs,
     ScoreAttributes,
     ScoreIndex,
     ScoreReport,
     ScoreUnit,
     fingerprint_of,
+    pairs_of,
     plan_units,
     read_unit,
 )
@@ -43,9 +45,6 @@ _MATCHED = ("matched", "match", "yes", "true")
 """What a class of two may be called whose logit says that text and picture belong together."""
 
 _KEPT_SAMPLES = 2048
-
-Pairs = Sequence[tuple[int, int]]
-"""Numbers of a text and of the sample whose picture it is beside."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def score(
         shards: those that were mined.
         teacher_name: folder or hub id.
         candidates: file of `mine`.
-        out: new, empty, or begun with the same teacher and candidates.
+        out: new, empty, or begun with the same teacher and candidates; this call is the only one that writes there.
         config: how.
         advance: called with the number of pairs that are done.
         start: called with the number of pairs that are to score.
@@ -134,8 +133,6 @@ def score(
     for name, pairs in todo.items():
         scores = dict(zip(pairs, scorer(pairs).tolist(), strict=True))
         _write(out / UNITS / name, found, plan[name], scores, fingerprint)
-    for left in (out / UNITS).glob(".*.partial"):
-        left.unlink(missing_ok=True)
     units = tuple(_listed(out / UNITS / name) for name in plan)
     index = ScoreIndex(
         format_version=1,
@@ -161,18 +158,6 @@ def score(
     )
 
 
-def pairs_of(found: Candidates, rows: range) -> Pairs:
-    """Every pair that is scored for some samples, each once: texts beside their own pictures, and candidates."""
-    pairs: dict[tuple[int, int], None] = {}
-    for number in rows:
-        texts = range(int(found.starts[number]), int(found.starts[number + 1]))
-        for text in texts:
-            pairs |= {(text, number): None}
-            pairs |= {(text, int(other)): None for other in found.pictures[text] if other != NONE}
-        pairs |= {(int(text), number): None for text in found.texts[number] if text != NONE}
-    return list(pairs)
-
-
 def _begin(out: Path, candidates: Path, found: Candidates, fingerprint: str) -> set[str]:
     """Make the folder, or name the units that it has.
 
@@ -188,6 +173,9 @@ def _begin(out: Path, candidates: Path, found: Candidates, fingerprint: str) -> 
     if strange or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: expected a new or empty folder, or scores to continue; choose another --out")
     (out / UNITS).mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / UNITS):  # of a call that was killed: only one writes here at a time
+        for left in folder.glob(".*.partial"):
+            left.unlink(missing_ok=True)
     held = out / CANDIDATES
     if held.exists():
         other = read_candidates(held)

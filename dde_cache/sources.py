@@ -188,17 +188,21 @@ def _vectors(batch: Batch, name: str, image: int, number: int) -> Tensor:
 
 
 def online_targets(targets: OnlineTargets, batch: Batch, config: DistillConfig, pairs: Sequence[LayerPair]) -> Taught:
-    """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one."""
+    """Run the teacher on the student's own batch; every key is kept, so the sparse loss is the dense one.
+
+    Without a weight of soft labels nothing behind the last layer that is compared is computed; with it alone, no maps.
+    """
     whole, hidden = config.attention == "whole" and bool(config.rows), bool(config.states)
     # The teacher's numbers are those of an extraction: in its own precision, not the student's.
     with torch.autocast(batch["input_ids"].device.type, enabled=False):
         output = targets.teacher(
             tokens_of(batch),
             pictures_of(batch),
-            [pair.teacher for pair in pairs],
+            [pair.teacher for pair in pairs] if config.reads_records else [],
             padded_queries=config.queries == "all",
             whole=whole,
             hidden=hidden,
+            logits=bool(config.soft_weight),
         )
     places = [(image, number) for image in range(targets.teacher.images) for number in range(len(pairs))]
     rows: dict[tuple[Rows, int, int], Attention] = {}

@@ -18,7 +18,7 @@ from dde_cache.assets import ASSETS as ASSETS
 from dde_cache.assets import asset_problems, is_plain_file, load_preprocessor, read_config, read_labels
 from dde_cache.audit import audit
 from dde_cache.errors import CacheError, InputError, bullet_list
-from dde_cache.files import hash_file
+from dde_cache.files import hash_file, remove_abandoned
 from dde_cache.manifest import MANIFEST as MANIFEST
 from dde_cache.manifest import UNITS as UNITS
 from dde_cache.manifest import folder_problems as folder_problems
@@ -125,7 +125,8 @@ class CacheWriter:
     """A cache that is being written: created, or continued where the same targets were begun.
 
     Several writers, on one machine or on many, may share a folder: no file that is there is written a second time,
-    except the manifest, and `close` writes that until it lists every unit in the folder. There are no locks.
+    except the manifest, and `close` writes that until it lists every unit in the folder. No writer waits for another.
+    Temporary files of writers that were killed are removed (`files.remove_abandoned`).
 
     Args:
         folder: where it goes; new, empty, or a cache of the same specification.
@@ -147,6 +148,8 @@ class CacheWriter:
         self._manifest = found
         self._entries = {entry.name: entry for entry in found.units}
         (folder / UNITS).mkdir(exist_ok=True)
+        for part in (folder, folder / ASSETS, folder / UNITS):
+            remove_abandoned(part)
 
     def _create(self, spec: TargetSpec, assets: Path) -> None:
         folder = self.folder

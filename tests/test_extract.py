@@ -1,5 +1,6 @@
 """Extraction: deterministic, resumable after anything, and refused before hours are spent."""
 
+import os
 import random
 import shutil
 import signal
@@ -200,6 +201,22 @@ def test_killed_at_the_worst_moment(shards, finished, teacher_folder, tmp_path, 
     make_cache(shards, teacher_folder, out)
     left = tree(out)
     assert {name: value for name, value in left.items() if not name.endswith(".partial")} == tree(finished.folder)
+
+
+def test_what_a_killed_extraction_left_is_removed_by_a_later_one(shards, finished, teacher_folder, tmp_path):
+    """Killed with a unit, an asset and the manifest half written; the next calls come soon, and an hour later."""
+    out = tmp_path / "cache"
+    for moment in (("fsync", 2, ""), ("replace", 1, "manifest.json"), ("link", 1, "000003.zarr.zip")):
+        child = Child(*command(shards, teacher_folder, out), folder=tmp_path, before=killed_in(*moment))
+        assert child.wait() == -signal.SIGKILL
+    left = list(out.rglob(".*.partial"))
+    assert {path.parent.name for path in left} == {"cache", "assets", "units"}
+    make_cache(shards, teacher_folder, out)
+    assert {*out.rglob(".*.partial")} == {*left}
+    for path in left:
+        os.utime(path, (0, 0))
+    make_cache(shards, teacher_folder, out)
+    assert tree(out) == tree(finished.folder)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

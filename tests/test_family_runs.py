@@ -158,6 +158,19 @@ def test_views_replay_behind_a_processor_that_crops(shards, tmp_path):
     works("train", shards, "--targets", cache, "--out", tmp_path / "run", *QUICK)
 
 
+@pytest.mark.parametrize("name", ["bridgetower", "blip"])
+def test_pictures_that_lose_a_margin_are_counted(shards, tmp_path, name):
+    teacher = save_family(name, tmp_path / "teacher")
+    sizes = [image.size() for shard in open_shards(shards) for one in shard for image in one.images]
+    expected = sum(width != height for width, height in sizes) if name == "bridgetower" else 0
+    command = ["extract", shards, "--teacher", teacher, "--out", tmp_path / "cache"]
+    found = json.loads(works(*command, "--json").out)
+    assert (found["units"], found["cropped_pictures"]) == (2, expected)
+    for unit in (tmp_path / "cache" / "units").iterdir():
+        unit.unlink()
+    assert ("pictures that lost a margin" in works(*command).out) == bool(expected)
+
+
 def test_a_cache_without_predictions(shards, tmp_path):
     save_family("bridgetower", tmp_path / "teacher")
     cache = tmp_path / "cache"

@@ -5,7 +5,7 @@ import os
 import pytest
 from pipeline import tree
 
-from dde_cache.files import replaced_folder
+from dde_cache.files import ABANDONED_SECONDS, partial_file, partial_path, remove_abandoned, replaced_folder
 
 
 def fill(folder, *names):
@@ -51,3 +51,36 @@ def test_what_was_moved_aside_is_put_back(tmp_path, monkeypatch):
     assert tree(tmp_path) == {"model/one": b"one"}
     fill(tmp_path / "model", "two")
     assert tree(tmp_path) == {"model/two": b"two"}
+
+
+def aged(path):
+    old = path.stat().st_mtime - 2 * ABANDONED_SECONDS
+    os.utime(path, (old, old), follow_symlinks=False)
+    return path
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    """The lock of a living writer counts, however long it has not written; so does the time, where nobody holds it."""
+    name = tmp_path / "000000.zarr.zip"
+    left = aged(_touched(partial_path(name)))
+    strange = [
+        aged(_touched(tmp_path / one)) for one in ("a.partial", ".a.partial", ".a.12-xyz.partial", "a.12-01234567")
+    ]
+    link, young, folder = (partial_path(name) for _ in range(3))
+    link.symlink_to(strange[0])
+    aged(link)
+    _touched(young)
+    folder.mkdir()
+    aged(folder)
+    with partial_file(name) as (_file, held):
+        aged(held)
+        remove_abandoned(tmp_path)
+        assert held.exists()
+        assert not left.exists()
+    assert not held.exists()
+    assert {*tmp_path.iterdir()} == {*strange, link, young, folder}
+
+
+def _touched(path):
+    path.touch()
+    return path

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture, vilt_config
-from pipeline import Child, cli, make_cache, make_shards, png, tree
+from pipeline import Child, cli, killed_in, make_cache, make_shards, png, tree
 from safetensors.torch import load_file
 from students import SIMILARITY, save_student
 from test_choices import _stop_after, metrics_of
+from test_ranks import Ranks
 from transformers import ViltForImageAndTextRetrieval, ViltModel
 
 from dde_cache.batches import PairDataset
-from dde_cache.candidates import read_candidates
+from dde_cache.candidates import NONE, read_candidates
 from dde_cache.distill import TrainConfig
 from dde_cache.errors import CacheError, InputError, RunError, TeacherError
 from dde_cache.fit import Progress
@@ -238,7 +239,78 @@ def test_a_killed_extraction_leaves_nothing_half_written(shards, mined, matcher,
     assert json.loads(done.out)["units_kept"] == 2
     assert tree(out) == tree(whole)
     assert cli("verify", out, "--against", data).code == 0
-    assert "expected a cache with --teacher or --fast" in cli("verify", out, "--fast").message
+
+
+def test_a_killed_call_leaves_no_partial_file_for_ever(shards, mined, matcher, tmp_path):
+    """Killed while it copies the candidates, while it writes a unit, and while it writes the index."""
+    out = tmp_path / "scores"
+    command = ["extract", shards[0].path.parent, "--teacher", matcher, "--candidates", mined, "--out", out]
+    for name in (CANDIDATES, "000000.zarr.zip", INDEX):
+        child = Child(*command, folder=tmp_path, before=killed_in("replace", 1, name))
+        assert child.wait() == -signal.SIGKILL, child.printed
+        assert [path for path in out.rglob("*.partial") if name in path.name]
+    assert cli(*command).code == 0
+    assert {path.name for path in out.iterdir()} == {CANDIDATES, INDEX, "units"}
+    assert [path.name for path in (out / "units").iterdir()] == ["000000.zarr.zip"]
+    assert cli("verify", out).code == 0
+
+
+def test_a_damaged_unit_is_named_and_made_again_as_the_message_says(shards, scored, matcher, tmp_path):
+    out = tmp_path / "scores"
+    shutil.copytree(scored.folder, out)
+    unit, whole = out / "units" / "000000.zarr.zip", tree(out)
+    unit.write_bytes(unit.read_bytes()[:-40])
+    data = shards[0].path.parent
+    command = ["extract", data, "--teacher", matcher, "--candidates", out / CANDIDATES, "--out", out, "--batch-size", 5]
+    advice = (
+        f"delete it and run `dde-cache extract SHARDS --teacher TEACHER --candidates {out / CANDIDATES} --out {out}`"
+    )
+    assert f"{unit}: this unit of scores is damaged" in cli(*command).message
+    assert advice in cli(*command).message
+    assert f"{unit}: not the bytes that {INDEX} lists; {advice[:60]}" in verify_scores(out).findings[0].examples[0]
+    unit.unlink()
+    assert f"{unit}: this unit of scores is missing" in verify_scores(out).findings[0].examples[0]
+    assert cli(*command).code == 0
+    assert tree(out) == whole
+
+
+def test_what_is_no_cache_is_called_by_its_name(scored, mined, shards, tmp_path):
+    """Every command that reads caches says of candidates and scores what they are and what reads them."""
+    data, scores = shards[0].path.parent, scored.folder
+    for place, said in (
+        (
+            mined,
+            "got a file of candidates of `dde-cache mine`; `dde-cache extract SHARDS --teacher TEACHER --candidates "
+            f"{mined}",
+        ),
+        (
+            scores,
+            "got scores of `dde-cache extract --candidates`; `dde-cache verify` judges them and says how bad ones",
+        ),
+    ):
+        commands = [
+            ("inspect", place),
+            ("repair", place),
+            ("subset", place, "--layers", "0", "--out", tmp_path / "part"),
+            ("train", data, "--targets", place, "--out", tmp_path / "run"),
+            *([("verify", place)] if place == mined else []),
+        ]
+        for command in commands:
+            done = cli(*command)
+            assert done.code == 1, command
+            assert said in done.message, (command, done.message)
+    assert "make one with `dde-cache extract`" in cli("inspect", tmp_path).message
+
+
+def test_verify_counts_pairs_and_refuses_what_means_nothing_to_scores(scored):
+    found, index = scored.candidates, scored.index
+    pairs = {(text, int(found.sample[text])) for text in range(len(found.sample))}
+    pairs |= {(text, int(n)) for text, some in enumerate(found.pictures) for n in some if n != NONE}
+    pairs |= {(int(text), n) for n, some in enumerate(found.texts) for text in some if text != NONE}
+    assert verify_scores(scored.folder).pairs == len(pairs) > index.texts
+    for options in (("--fast",), ("--sample", 64), ("--device", "cpu"), ("--teacher", "sample")):
+        done = cli("verify", scored.folder, *options)
+        assert f"expected a cache with {options[0]}; scores of candidates" in done.message
 
 
 def test_verify_finds_every_flipped_byte(scored, tmp_path):
@@ -403,6 +475,30 @@ def test_candidates_are_learned_bit_for_bit_after_a_stop(shards, scored, run, sa
     train(shards, targets, tmp_path / "one", one, **given)
     rows = [metrics_of(tmp_path / name)[0] for name in ("parts", "one")]
     assert rows[0]["ranking"] == pytest.approx(rows[1]["ranking"], rel=1e-5)
+
+
+def test_the_first_rank_alone_compares_the_shards_also_of_a_resumed_run(shards, scored, teacher_folder, tmp_path):
+    def blind(rank):
+        def look(_sample):
+            raise AssertionError("another rank than the first read the samples")
+
+        if rank:
+            Sample.content_hash = look
+
+    data = tmp_path / "data"
+    shutil.copytree(shards[0].path.parent, data)
+    settings = [part for name, value in (QUICK | {"save_every": 2}).items() for part in ("--set", f"{name}={value}")]
+    command = ["train", data, "--targets", "none", "--like", teacher_folder, "--candidates", scored.folder, *settings]
+    command += ["--set", "hard_weight=1", "--set", "attention_weight=0", "--out", tmp_path / "run"]
+    ranks = Ranks(2, tmp_path, *command, before=blind)
+    assert ranks.wait() == [0, 0], "\n".join(ranks.printed)
+    shutil.rmtree(data)
+    make_shards(data, [Sample(one.key, one.images, (Text(text="other"),)) for one in samples()], size=4)
+    ranks = Ranks(2, tmp_path, *command, "--resume", before=blind)
+    assert ranks.wait() == [1, 1]
+    first, second = (" ".join(text.split()) for text in ranks.printed)
+    assert "its candidates were mined in other shards than these: 10 samples differ" in first
+    assert "the first rank could not go on; its own message says why" in second
 
 
 def test_ranking_wants_candidates_and_vectors(shards, scored, tmp_path, teacher_folder):

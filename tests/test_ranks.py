@@ -202,13 +202,15 @@ def free_port():
 class Ranks:
     """The command line on several ranks: processes of their own, with the variables that `torchrun` sets."""
 
-    def __init__(self, count, folder, *command):
+    def __init__(self, count, folder, *command, before=lambda rank: None):
         port = free_port()
-        self.ranks = [Child(*command, folder=folder, before=self._place(count, rank, port)) for rank in range(count)]
+        places = [self._place(count, rank, port, before) for rank in range(count)]
+        self.ranks = [Child(*command, folder=folder, before=place) for place in places]
 
     @staticmethod
-    def _place(count, rank, port):
+    def _place(count, rank, port, before):
         def place():
+            before(rank)
             # The forked process must not believe what its parent found out about itself.
             AcceleratorState._reset_state(reset_partial_state=True)
             local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

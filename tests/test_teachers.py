@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import PATCH, TEXTS, picture
 from families import BUILDERS, FEATURES, OF_PICTURES, SIDE, blip, bridgetower, flava, lxmert, save_family
+from PIL import Image
 from test_teacher import Stock, row_major, stock_blocks
 from transformers import (
     BlipForQuestionAnswering,
@@ -461,6 +462,18 @@ def test_a_line_of_pixels_is_refused(load):
     """A processor that keeps sides in proportion makes nothing of it."""
     with pytest.raises(InputError, match="a picture of 400 x 1 px cannot be processed"):
         load("bridgetower").preprocessor.pixels(picture(400, 1))
+
+
+@pytest.mark.parametrize("size", [(36, 36), (24, 36), (48, 36), (60, 60), (36, 48)])
+def test_a_margin_is_lost_where_a_line_at_the_edge_leaves_no_trace(of_pictures, size):
+    reads, width, height = of_pictures.preprocessor, *size
+    lost = []
+    for box in ((0, 0, width, 1), (0, height - 1, width, height), (0, 0, 1, height), (width - 1, 0, width, height)):
+        edge = Image.new("RGB", size)
+        edge.paste("white", box)
+        lost.append(not reads.levels(reads.pixels(edge)).any())
+    assert reads.loses_margin(width, height) == any(lost)
+    assert any(lost) == (of_pictures.family.name == "bridgetower" and width != height)
 
 
 def test_levels_undo_what_each_processor_does(of_pictures):

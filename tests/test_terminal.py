@@ -1,10 +1,12 @@
 """What every command has in common on a terminal, in a pipe and in a script; and `dde-cache doctor`."""
 
+import ast
 import json
 import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from pipeline import Child, cli, make_cache, make_samples, make_shards
 
 from dde_cache.doctor import examine, find_package
 
+CLI = Path(__file__).parent.parent / "cli"
 GROUPS = {"data": "import", "teacher": "train"}
 COMMAND = str(Path(sys.executable).with_name("dde-cache"))
 QUICK = ("--steps", 2, "--batch-size", 4, "--set", "workers=0")
@@ -74,13 +77,46 @@ def test_piped_output_is_plain_and_quiet_is_silent(shards, cache, teacher_folder
         assert "\x1b" not in done.out + done.err
         if quiet:
             assert done.out == "", words
-            warned = "the card still says" in done.err
+            warned = "warning: the card still says" in done.err
             assert done.err == "" or (words[0] == "push" and warned), words
         else:
             assert done.out
             # A path alone on its line is as long as it is.
             lines = [line for line in done.out.splitlines() if str(tmp_path) not in line]
             assert all(len(line) <= 80 for line in lines), done.out
+
+
+def test_notes_are_silent_when_quiet(shards, cache, teacher_folder, tmp_path):
+    """What commands say beside their results: what a run takes of another, what is not as published, maps of towers."""
+    run, other, towers, growing = (tmp_path / name for name in ("run", "other", "towers", "cache"))
+    assert cli("train", shards, "--targets", cache, "--out", run, *QUICK).code == 0
+    commands = {
+        "new: classifier": ("train", shards, "--targets", cache, "--init", run, "--out", other, *QUICK),
+        "not as published": ("train", shards, "--targets", cache, "--preset", "dide-soft", "--init", teacher_folder,
+                             "--out", towers, *QUICK),
+        "pairs are in finished units": ("extract", shards, "--teacher", teacher_folder, "--out", growing),
+    }  # fmt: skip
+    assert cli("extract", shards, "--teacher", teacher_folder, "--out", growing).code == 0
+    for said, words in commands.items():
+        for quiet in ((), ("--quiet",)):
+            for left in (other, towers):
+                shutil.rmtree(left, ignore_errors=True)
+            for unit in sorted((growing / "units").iterdir())[1:]:
+                unit.unlink()
+            done = cli(*words, *quiet)
+            assert done.code == 0, done.err
+            assert (said in done.message) == (not quiet), words
+            assert done.err == "" or not quiet, words
+
+
+def test_no_command_speaks_on_stderr_but_through_notes_and_warnings():
+    """`note` is silent when quiet. What ends a command is said by `app`, and by `data`, which keeps nothing then."""
+    for path in sorted(CLI.glob("*.py")):
+        if path.stem not in ("console", "app", "data"):
+            text = path.read_text()
+            taken = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level == 1]
+            assert "errors" not in {name.name for node in taken for name in node.names}, path.name
+            assert "stderr" not in text, path.name
 
 
 def test_json_is_all_that_is_printed(shards, cache, teacher_folder, tmp_path):

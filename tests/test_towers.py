@@ -29,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import LABELS, all_pairs, cli, make_cache, make_samples, make_shards, tree, whole_batch
 from safetensors.torch import load_file, save_file
+from test_ranks import Ranks
 from test_view import Page, by_pair
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel, BertModel, ResNetConfig, ResNetModel, ViTModel
@@ -46,13 +47,14 @@ from dde_cache.preprocess import Preprocessor
 from dde_cache.ready import ready_student
 from dde_cache.seen import SeenStudent, Seer
 from dde_cache.sources import CachedTargets, OnlineTargets
+from dde_cache.store import Cache
 from dde_cache.stream import PairTable
 from dde_cache.student import Head, new_student
 from dde_cache.targets import CacheTargets, decoded
 from dde_cache.tasks import load_task
 from dde_cache.tokens import TokenAligner
 from dde_cache.towers.contract import PatchLayout
-from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower
+from dde_cache.towers.hugging_face import HuggingFaceImageTower, HuggingFaceTextTower, find_blocks
 from dde_cache.towers.pixels import Scale, resize
 from dde_cache.towers.read import read_image_tower, read_text_tower
 
@@ -253,12 +255,27 @@ def test_a_folder_without_processor_or_tokenizer(tmp_path):
         read_text_tower(str(tmp_path / "nowhere" / "at" / "all"))
 
 
-def test_a_model_without_attention_is_refused_with_its_modules(tmp_path):
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3)
+def test_a_model_without_attention_is_refused_with_its_stacks_on_one_screen(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 12, depths=[1] * 12, num_channels=3)
     ResNetModel(config).save_pretrained(tmp_path)
     image_processor().save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=r"query/key, q_proj/k_proj.*ResNetModel has none(.|\n)*embedder"):
+    with pytest.raises(TeacherError, match=r"query/key, q_proj/k_proj.*ResNetModel has none") as refused:
         read_image_tower(str(tmp_path), RUN_IMAGES)
+    said = str(refused.value)
+    assert "encoder.stages: 12 x ResNetStage, linear maps: none" in said
+    assert len(said.splitlines()) <= 12
+    assert len(said) < 1600
+
+
+def test_what_a_model_without_known_blocks_has_is_said():
+    blocks = nn.ModuleList([nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))] * 3)
+    with pytest.raises(TeacherError, match=r"layers: 3 x Sequential, linear maps: 0, 1, 2, 3, 4, 5, \.\.\.$"):
+        find_blocks(nn.ModuleDict({"layers": blocks}))
+    many = nn.ModuleDict({f"stack{number}": nn.ModuleList([nn.Identity()]) for number in range(99)})
+    with pytest.raises(TeacherError, match=r"stack7: (.|\n)*\(\+91 more\)$"):
+        find_blocks(many)
+    with pytest.raises(TeacherError, match=r"Its stacks:\n  none; it is made of one, two$"):
+        find_blocks(nn.ModuleDict({"one": nn.Linear(1, 1), "two": nn.Linear(1, 1)}))
 
 
 def test_sizes_that_do_not_belong_together(tmp_path):
@@ -437,6 +454,56 @@ def test_what_is_refused_before_training(shards, cache, folders):
     refused("expected missing_tokens drop where attention is compared on other tokens", missing_tokens="drop")
     refused("--init for twins", text="fits", image="dinov2", init="somewhere/else")
     ready_with(shards, cache, folders["letters"], folders["siglip"], attention_weight=0.0)  # nothing is compared
+
+
+@pytest.mark.parametrize(("name", "value"), [("missing_tokens", "drop"), ("grids", "refuse")])
+def test_settings_of_compared_tokens_are_refused_where_none_are(shards, cache, tmp_path, name, value):
+    place, out = shards[0].path.parent, tmp_path / "run"
+    labels = ("--targets", "none", "--like", tmp_path / "not looked at", "--set", f"{name}={value}")
+    done = cli("train", place, "--out", out, *labels)
+    assert f"expected {name} {value} where attention is compared, got --targets none; leave it out" in done.message
+    soft = ("--targets", cache.folder, "--set", "attention_weight=0", "--" + name.replace("_", "-"), value)
+    done = cli("train", place, "--out", out, *soft)
+    assert f"expected {name} {value} where attention is compared, got attention_weight 0" in done.message
+    assert not out.exists()
+
+
+def test_every_picture_of_a_cache_is_held_to_one_grid_before_training(shards, cache, folders, tmp_path):
+    """The first picture has the tower's 3 x 3 patches, others have not."""
+    image = str(folders["same"])
+    with pytest.raises(InputError) as refused:
+        ready_with(shards, cache, image=image, grids="refuse")
+    own = cache.preprocessor()
+    grids = {one.key: own.grid(*one.images[0].size()) for shard in shards for one in shard}
+    other = {key: grid for key, grid in grids.items() if grid != (3, 3)}
+    assert grids[shards[0].keys[0]] == (3, 3)
+    assert f"(grids: refuse), but {len(other)} samples have others" in str(refused.value)
+    key, (rows, columns) = next(iter(other.items()))
+    assert f"sample {key!r}: {rows} x {columns}" in str(refused.value)
+    # Samples that the shards lack are nobody's business.
+    part = make_shards(tmp_path / "part", [one for shard in shards for one in shard if one.key not in other], size=99)
+    some = Cache(cache.folder)
+    ready_with(part, some, image=image, grids="refuse", targets=CachedTargets(some, "skip"))
+
+
+def test_the_first_rank_alone_looks_at_every_text(shards, cache, folders, tmp_path):
+    def blind(rank):
+        def look(*_):
+            raise AssertionError("another rank than the first looked at the texts")
+
+        if rank:
+            TokenAligner.lacking = look
+
+    place = shards[0].path.parent
+    command = ["train", place, "--targets", cache.folder, "--text-tower", folders["letters"], *OPTIONS]
+    ranks = Ranks(2, tmp_path, *command, "--out", tmp_path / "run", before=blind)
+    assert ranks.wait() == [0, 0], "\n".join(ranks.printed)
+    ranks = Ranks(2, tmp_path, *command, "--text-tower", folders["bare"], "--out", tmp_path / "bare", before=blind)
+    assert ranks.wait() == [1, 1]
+    first, second = (" ".join(text.split()) for text in ranks.printed)
+    assert "15 tokens of the teacher have no counterpart" in first
+    assert "the first rank could not go on; its own message says why" in second
+    assert not (tmp_path / "bare").exists()
 
 
 def test_other_rows_have_no_meaning_on_other_tokens(shards, teacher_folder, folders, tmp_path):

@@ -17,7 +17,7 @@ from dde_cache.losses import dense_kl, log_attention, soft_label_sum, sparse_kl,
 from dde_cache.prepare import labels_only
 from dde_cache.preprocess import TokenBatch
 from dde_cache.presets import PRESETS, lacking_of_preset
-from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets
+from dde_cache.sources import CachedTargets, LabelsOnly, OnlineTargets, layers_of, online_targets
 from dde_cache.store import Cache
 from dde_cache.student import new_student
 from dde_cache.targets import CacheTargets, decoded
@@ -76,6 +76,73 @@ def relative(one, other):
     """Relative distance of two gradients as long vectors."""
     first, second = (torch.cat([gradient[name].flatten() for name in sorted(gradient)]) for gradient in (one, other))
     return float((first - second).norm() / second.norm())
+
+
+class Whole(FusionTeacher):
+    """Runs every pass to its end, and gives maps of its first block too."""
+
+    def __call__(self, tokens, pictures, layers, **options):
+        return super().__call__(tokens, pictures, {0, *layers}, **options | {"logits": True})
+
+
+@pytest.mark.parametrize("layer", [0, 1, LAYER])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"queries": "all"},
+        {"attention": "whole"},
+        {"hidden_weight": 1.0, "pooled_weight": 1.0, "attention_weight": 0},
+    ],
+)
+def test_an_online_teacher_stops_behind_what_is_compared_and_gives_the_same_bits(
+    student, shards, teacher, settings, layer
+):
+    config = TrainConfig(**settings, soft_weight=0.0, layer=layer)
+    batch = whole_batch(shards, teacher.preprocessor, LABELS, full_text=config.queries == "all")
+    ran, blocks = [], [*teacher.model.vilt.encoder.layer, teacher.model.classifier]
+    hooks = [
+        block.register_forward_hook(lambda *_, number=number: ran.append(number)) for number, block in enumerate(blocks)
+    ]
+    short = OnlineTargets(teacher, layer)
+    taught = online_targets(short, batch, config, layers_of(short, config))
+    # Queries and keys are at the beginning of a block, states at its end.
+    assert ran == list(range(layer + bool(config.states)))
+    whole = OnlineTargets(Whole(teacher.model, teacher.preprocessor), layer)
+    expected = online_targets(whole, batch, config, layers_of(whole, config))
+    assert ran[-1] == len(blocks) - 1
+    for hook in hooks:
+        hook.remove()
+    assert taught.logits is None
+    assert expected.logits is not None
+    for name in ("rows", "hidden", "pooled"):
+        held, other = getattr(taught, name), getattr(expected, name)
+        assert held.keys() == other.keys()
+        for place, some in held.items():
+            parts = [vars(one).values() if hasattr(one, "__dict__") else one for one in (some, other[place])]
+            assert all(torch.equal(one, two) for one, two in zip(*parts, strict=True))
+    if not config.states:
+        found = [losses_and_gradients(student, config, targets, batch) for targets in (short, whole)]
+        for one, two in zip(*found, strict=True):
+            assert one.keys() == two.keys()
+            assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_an_online_teacher_of_soft_labels_alone_computes_no_maps(shards, teacher):
+    asked = []
+
+    class Listened(FusionTeacher):
+        def __call__(self, tokens, pictures, layers, **options):
+            asked.append(super().__call__(tokens, pictures, layers, **options))
+            return asked[-1]
+
+    targets = OnlineTargets(Listened(teacher.model, teacher.preprocessor), LAYER)
+    batch, config = whole_batch(shards, teacher.preprocessor, LABELS), TrainConfig(attention_weight=0.0)
+    logits = online_targets(targets, batch, config, layers_of(targets, config)).logits
+    assert asked[0].attention == {}
+    full = online_targets(targets, batch, TrainConfig(), layers_of(targets, TrainConfig()))
+    assert asked[1].attention.keys() == {(0, LAYER)}
+    assert torch.equal(logits, full.logits)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "uniform", "renormalise"])

@@ -97,6 +97,11 @@ def test_a_teacher_needs_shards(folder, teacher_folder):
     assert cli("verify", folder / "nowhere").code == 1
 
 
+def test_options_of_the_teacher_are_refused_without_one(folder):
+    done = cli("verify", folder, "--sample", 3, "--device", "cpu")
+    assert "expected --sample and --device together with --teacher" in done.message
+
+
 @pytest.mark.parametrize("part", ["classifier.3.weight", "encoder.layer.2.attention.attention.query.weight"])
 def test_the_writer_refuses_what_the_judge_would(teacher, shards, tmp_path, part):
     """A teacher whose numbers overflow is an error at its first batch, not a cache of NaN."""

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dde_cache.attention import QueryKey
 from dde_cache.canonical import PLACE
-from dde_cache.errors import TeacherError
+from dde_cache.errors import TeacherError, bullet_list
 from dde_cache.towers.contract import BlockOutput, PatchLayout, Tower, TowerOutput
 from dde_cache.towers.pixels import Filter, Scale, resize
 
@@ -144,20 +144,32 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """The model's longest stack of blocks that each have one self-attention with query and key maps of one width.
 
     Raises:
-        TeacherError: it has none; its modules are listed.
+        TeacherError: it has none; its stacks are listed, each with the linear maps of its first block.
     """
     stacks = [
         [_block(module) for module in stack] for stack in model.modules() if isinstance(stack, nn.ModuleList) and stack
     ]
     whole = [[block for block in stack if block is not None] for stack in stacks if None not in stack]
     if not whole:
-        tree = "\n".join(f"  {name}: {type(part).__name__}" for name, part in model.named_modules() if name)
         listed = ", ".join(f"{query}/{key}" for query, key in LISTENED)
         raise TeacherError(
             f"expected a stack of blocks with one self-attention each, whose linear maps are named {listed} and give "
-            f"one width and whole heads; {type(model).__name__} has none. Its modules:\n{tree:.4000}"
+            f"one width and whole heads; {type(model).__name__} has none. Its stacks:{_stacks(model)}"
         )
     return max(whole, key=len)
+
+
+def _stacks(model: nn.Module) -> str:
+    """What a model has instead of blocks that are known, in no more than a screen."""
+    lines = []
+    for name, stack in model.named_modules():
+        if isinstance(stack, nn.ModuleList) and stack:
+            maps = [path for path, part in stack[0].named_modules() if isinstance(part, nn.Linear)]
+            shown = ", ".join(maps[:6]) + (", ..." if len(maps) > 6 else "")
+            lines.append(f"{name}: {len(stack)} x {type(stack[0]).__name__}, linear maps: {shown or 'none'}"[:200])
+    if not lines:
+        return "\n  none; it is made of " + ", ".join(name for name, _ in model.named_children())[:200]
+    return bullet_list(lines, 8)
 
 
 def _block(module: nn.Module) -> Block | None:
