@@ -62,11 +62,11 @@ TESTBEDS: Mapping[str, Mapping[str, Any]] = {
     "shapes": {"train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0}},
     "shapes-grid10": {
         "pictures": 3000,
-        "kinds": ("exists", "neighbour"),
+        "kinds": ("exists",),
         "teacher": None,
         "teach_init": SAMPLE_TEACHER,
-        "teach": {**_SHORT, "steps": 1000, "batch_size": 64, "learning_rate": 4e-4, "warmup": 0.05},
-        "train": {**_SHORT, "steps": 300, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0},
+        "teach": {**_SHORT, "steps": 200, "batch_size": 64, "learning_rate": 4e-4, "warmup": 0.05},
+        "train": {**_SHORT, "steps": 600, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0},
     },
     "sort-of-clevr": {
         "test_pictures": 300,
