@@ -208,6 +208,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--batch-size", type=int, help="pairs a forward pass of both sides")
     parser.add_argument("--many", type=int, help="texts and pictures of retrieval")
+    parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="of the texts; both lengths take long")
     parser.add_argument("--alone", choices=("teacher", "student", "stored"), help="internal: peak memory of one way")
     parser.add_argument("--folder", type=Path, help="internal: where the teacher is")
     given = parser.parse_args()
@@ -223,7 +224,7 @@ def main() -> None:
         save_teacher(folder, shape)
         peaks = {way: memory(folder, given.size, way, batch) for way in ("teacher", "student", "stored")}
         sides = Sides(folder, shape)
-    for tokens in LENGTHS:
+    for tokens in given.tokens:
         measured = measure(sides, tokens, batch, many, sample, rounds, CLOCKS[given.clock])
         for case, title in CASES.items():
             over, under = measured[case]

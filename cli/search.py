@@ -13,7 +13,7 @@ from dde_cache.inference import Student
 from dde_cache.search import Hit, SearchReport
 from dde_cache.search import search as run_search
 
-from .console import console, note, print_json, progress, working
+from .console import console, note, print_json, progress, warn, working
 
 
 def search(
@@ -68,7 +68,10 @@ def _by(folder: Path, student: Student, store: EmbeddingStore, query: str | Path
         index = VectorIndex.open(folder, store)
     recall = index.record.recall
     note(f"approximate: this index found {recall.value:.3f} of the best {recall.at} when it was built")
-    return search_index(student, index, query, top=top)
+    hits = search_index(student, index, query, top=top)
+    if len(hits) < min(top, len(store)):
+        warn(f"this index proposed only {len(hits):,} rows; build one that looks longer, or leave --index out")
+    return hits
 
 
 def _table(hits: list[Hit], title: str, score: str) -> Table:

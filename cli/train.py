@@ -134,6 +134,8 @@ def train(
     if candidates is not None and not settings.ranking_weight:
         settings = settings.model_copy(update={"ranking_weight": 1.0})
     ranks = Ranks()
+    if not resume:
+        _check_idle(settings, targets)
     chosen = _targets(targets, teacher, like, on_missing, settings, lambda place: opened(place, cache_dir, cache_limit))
     if allow_pixel_drift:
         chosen = _drifting(chosen)
@@ -239,7 +241,10 @@ def _check_idle(settings: TrainConfig, targets: str | None) -> None:
     if idle:
         why = "--targets none" if targets == NONE else "attention_weight 0"
         said = " and ".join(f"{name} {getattr(settings, name)}" for name in idle)
-        raise InputError(f"expected {said} where attention is compared, got {why}; leave it out")
+        plain = " ".join(f"--set {name}={fields[name].default}" for name in idle)
+        raise InputError(
+            f"expected {said} where attention is compared, got {why}; leave it out, or where a file says so, {plain}"
+        )
 
 
 def _targets(
@@ -262,7 +267,6 @@ def _targets(
         )
     if (like is not None) != (targets == NONE):
         raise InputError("expected --like CACHE|TEACHER together with --targets none, and only there")
-    _check_idle(settings, targets)
     if like is not None:
         return labels_only(open_(like) if is_url(like) else like)
     if targets is not None:

@@ -77,7 +77,11 @@ class UnitWork:
         texts = [text.text for sample in samples for text in sample.texts]
         lengths = preprocessor.lengths(texts)
         first = np.cumsum([0, *(len(sample.texts) for sample in samples)])
-        pictures = {sample.key: _image_tokens(shard, sample, preprocessor) for sample in samples}
+        sizes = {sample.key: _sizes(shard, sample, preprocessor) for sample in samples}
+        pictures = {
+            key: [rows * columns + 1 for rows, columns in (preprocessor.grid(*size) for size in some)]
+            for key, some in sizes.items()
+        }
         every = spec.queries == "all"
         tokens = np.array(
             [
@@ -90,15 +94,16 @@ class UnitWork:
         )
         batches = list(bucketed(tokens, [TEXT_BUCKET, *[IMAGE_BUCKET] * (tokens.shape[1] - 1)], batch_size))
         cut = sum(length > spec.text_length for length in lengths)
-        shown = [image for sample in samples for image in sample.images]
-        cropped = sum(preprocessor.loses_margin(*image.size()) for image in shown)
+        cropped = sum(preprocessor.loses_margin(*size) for some in sizes.values() for size in some)
         return cls(samples, place, partners, batches, cut, cropped)
 
 
-def _image_tokens(shard: Shard, sample: Sample, preprocessor: Preprocessor) -> list[int]:
-    """Patches and CLS of every picture of a sample."""
+def _sizes(shard: Shard, sample: Sample, preprocessor: Preprocessor) -> list[tuple[int, int]]:
+    """Width and height in pixels of every picture of a sample, each of which has a grid."""
     try:
-        grids = [preprocessor.grid(*image.size()) for image in sample.images]
+        sizes = [image.size() for image in sample.images]
+        for size in sizes:
+            preprocessor.grid(*size)
     except InputError as error:
         raise InputError(f"{shard.path}, sample {sample.key!r}: {error}") from error
-    return [rows * columns + 1 for rows, columns in grids]
+    return sizes

@@ -25,7 +25,7 @@ from dde_cache.embeddings import (
     write_index,
 )
 from dde_cache.errors import CacheError, InputError, bullet_list
-from dde_cache.files import hash_file
+from dde_cache.files import hash_file, remove_abandoned
 from dde_cache.images import EncodedImage
 from dde_cache.inference import Student
 from dde_cache.manifest import UNITS
@@ -214,8 +214,7 @@ def embed(
     if not index.rows:
         raise InputError(f"{rows.name}: expected pictures that can be read, got {index.left_out} that cannot")
     texts = [rows.read(number).decode() for number in range(len(rows))] if rows.kind == "text" else []
-    for left in (out / UNITS).glob(".*.partial"):
-        left.unlink(missing_ok=True)
+    remove_abandoned(out / UNITS, after=0)
     write_index(out, index)
     return EmbedReport(
         kind=rows.kind,

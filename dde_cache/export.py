@@ -13,8 +13,6 @@ the patch: the graph knows no padding, so pictures of different sizes go in diff
 """
 
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from torch.export import Dim
 
 from dde_cache.drift import versions
 from dde_cache.errors import InputError, RunError
-from dde_cache.files import hash_file, partial_path
+from dde_cache.files import hash_file, replaced_folder
 from dde_cache.graphs import AnswerHead, CosineHead, ImageSide, TextSide, WholeImageSide
 from dde_cache.inference import Student
 from dde_cache.spec import Line, Model, Sha256
@@ -96,10 +94,7 @@ def export(
     check_free(out)
     runtime = onnx_runtime()
     student.model.to("cpu")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = partial_path(out)
-    staged.mkdir()
-    try:
+    with replaced_folder(out) as staged:
         files = {}
         for name, part in parts_of(student).items():
             advance(name)
@@ -107,9 +102,6 @@ def export(
         student.preprocessor.save(staged)
         record = _record(student, files, opset, runtime)
         write_text(staged / RECORD, record.model_dump_json(indent=2) + "\n")
-        os.replace(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return record
 
 

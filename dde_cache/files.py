@@ -57,17 +57,21 @@ def partial_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
         partial.unlink(missing_ok=True)
 
 
-def remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path, after: float = ABANDONED_SECONDS) -> None:
     """Remove temporary files of `partial_file` that a killed writer left in a folder, and no other's.
 
     A file goes where nobody holds it and nothing was written to it for an hour: between the opening and the lock it is
     not held yet, and some network file systems do not show the locks of other machines.
+
+    Args:
+        folder: where to look.
+        after: seconds without a change; 0 where a folder has one writer at a time.
     """
     for path in folder.glob(".*.partial"):
         if _PARTIAL.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             with suppress(OSError), open(path, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                if time.time() - path.stat().st_mtime >= after:
                     path.unlink(missing_ok=True)
 
 

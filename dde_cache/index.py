@@ -238,6 +238,13 @@ def _read_file(faiss: Any, path: Path, record: IndexRecord) -> Any:
             f"{path}: expected {record.rows:,} vectors of width {record.width} compared by inner product, got "
             f"{index.ntotal:,} of width {index.d}, or another comparison: it is another index; {_AGAIN}"
         )
+    if record.parameters:  # FAISS's file keeps only some of them
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, record.parameters)
+        except RuntimeError as error:
+            raise CacheError(
+                f"{path}: expected an index {record.factory} that takes {record.parameters}: {reason(error)}; {_AGAIN}"
+            ) from error
     return index
 
 

@@ -8,7 +8,6 @@ less often, and a store of such texts measures that.
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from jaxtyping import Float
 from dde_cache import __version__
 from dde_cache.embeddings import EmbeddingStore
 from dde_cache.errors import CacheError, InputError
-from dde_cache.files import hash_file, partial_path
+from dde_cache.files import hash_file, replaced_folder
 from dde_cache.index import (
     CANDIDATES,
     FILE,
@@ -80,11 +79,13 @@ def build_index(
     check_free(out)
     if len(store) < 2:
         raise CacheError(f"{store.folder}: expected at least 2 rows, got {len(store)}; search it without an index")
+    if queries is not None and queries.index.sha256 == store.index.sha256:
+        queries = None
     if queries is not None:
         _check_queries(store, queries)
     faiss = load_faiss()
     start = time.monotonic()
-    chosen = factory or default_factory(len(store), store.index.width)
+    chosen = default_factory(len(store), store.index.width) if factory is None else factory
     exact = _Exact(store, queries)
     with _refusals(chosen, store):
         index = _new(faiss, chosen, store.index.width)
@@ -205,7 +206,7 @@ def _default_parameters(faiss: Any, index: Any) -> str:
     """Lists: one of 32, at least 8. A graph: 128 rows kept in view."""
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
-        return f"nprobe={min(lists.nlist, max(8, lists.nlist // 32))}"
+        return f"nprobe={max(1, min(lists.nlist, max(8, lists.nlist // 32)))}"
     return "efSearch=128" if isinstance(faiss.downcast_index(index), faiss.IndexHNSW) else ""
 
 
@@ -228,10 +229,7 @@ def _refusals(factory: str, store: EmbeddingStore) -> Iterator[None]:
 
 
 def _write(faiss: Any, index: Any, out: Path, record: dict[str, Any], start: float) -> IndexRecord:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = partial_path(out)
-    staged.mkdir()
-    try:
+    with replaced_folder(out) as staged:
         path = staged / FILE
         with open(path, "wb") as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
@@ -241,7 +239,4 @@ def _write(faiss: Any, index: Any, out: Path, record: dict[str, Any], start: flo
         made = IndexRecord.model_validate(record | written)
         made = made.model_copy(update={"sha256": made.own_hash()})
         write_bytes(staged / RECORD, indented_json(made.model_dump(mode="json")))
-        os.replace(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return made

@@ -185,10 +185,12 @@ def check_grids(shards: Sequence[Shard], caches: Sequence[Cache], axes: Axes) ->
         return
     own = (axes.image.rows, axes.image.columns)
     other: dict[str, tuple[int, ...]] = {}
-    for cache in caches:
-        for shard in () if cache.streams else shards:
-            for entry in units_by_source(cache).get(shard.name, ()):
-                other |= _other_grids(cache, entry, own, set(shard.keys))
+    for cache in (one for one in caches if not one.streams):
+        units = units_by_source(cache)
+        for shard in shards:
+            keys = set(shard.keys)
+            for entry in units.get(shard.name, ()):
+                other |= _other_grids(cache, entry, own, keys)
     if other:
         lines = [f"sample {key!r}: {rows} x {columns}" for key, (rows, columns) in other.items()]
         raise InputError(

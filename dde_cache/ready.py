@@ -143,12 +143,14 @@ def _matched(
             "expected missing_tokens drop where attention is compared on other tokens than the teacher's; leave it out"
         )
     if config.attention_weight and not axes.alike:
+        ranks = Ranks()
+        # Before one picture is looked at, so that all that differ are named; one rank opens the units.
+        ranks.on_first(lambda: check_grids(shards, caches, axes))
         picture = shards[0].read(shards[0].keys[0]).images[0]
         found += describe_axes(student, axes, plan.preprocessor.grid(*picture.size()))
-        check_grids(shards, caches, axes)
         if tokens is not None:
             # Reading and cutting every text takes minutes where there are millions.
-            Ranks().on_first(lambda: found.extend(check_texts(shards, tokens, drop=axes.drop)))
+            ranks.on_first(lambda: found.extend(check_texts(shards, tokens, drop=axes.drop)))
     return Matched(axes, (*notes, *found))
 
 

@@ -16,7 +16,7 @@ from dde_cache.arrays import table_members
 from dde_cache.candidates import NONE, Candidates, check_shards, read_candidates
 from dde_cache.drift import versions
 from dde_cache.errors import CacheError, InputError, TeacherError
-from dde_cache.files import hash_file, partial_path, place, write_members
+from dde_cache.files import hash_file, partial_path, place, remove_abandoned, write_members
 from dde_cache.identity import DTYPES, ExtractConfig, target_spec
 from dde_cache.interrupt import FinishStep
 from dde_cache.manifest import UNITS, write_bytes
@@ -174,8 +174,7 @@ def _begin(out: Path, candidates: Path, found: Candidates, fingerprint: str) -> 
         raise InputError(f"{out}: expected a new or empty folder, or scores to continue; choose another --out")
     (out / UNITS).mkdir(parents=True, exist_ok=True)
     for folder in (out, out / UNITS):  # of a call that was killed: only one writes here at a time
-        for left in folder.glob(".*.partial"):
-            left.unlink(missing_ok=True)
+        remove_abandoned(folder, after=0)
     held = out / CANDIDATES
     if held.exists():
         other = read_candidates(held)

@@ -152,7 +152,7 @@ class Seer:
                 counted = _valid(found.batch, slot, direction)
                 counted = counted & found.student[slot][direction][2] if found.student else counted
                 valid = counted[:, None].expand(rows.shape).float()
-                total += (rows * valid).sum((1, 2)) / valid.sum((1, 2))
+                total += (rows * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
         return (total if found.student else total / (len(self._directions) * len(found.teacher))).tolist()
 
     @torch.inference_mode()

@@ -77,8 +77,12 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
         remove_abandoned(tmp_path)
         assert held.exists()
         assert not left.exists()
+        assert young.exists()
+        remove_abandoned(tmp_path, after=0)
+        assert held.exists()
+        assert not young.exists()
     assert not held.exists()
-    assert {*tmp_path.iterdir()} == {*strange, link, young, folder}
+    assert {*tmp_path.iterdir()} == {*strange, link, folder}
 
 
 def _touched(path):

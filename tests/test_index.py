@@ -172,10 +172,22 @@ def test_the_record_says_what_the_index_is_of(place):
     assert faiss.read_index(str(place / "index" / FILE)).hnsw.efSearch == 128
 
 
-def test_parameters_go_into_the_file(place, tmp_path):
+def test_an_index_is_opened_with_the_parameters_it_was_measured_with(place, tmp_path):
+    """FAISS's own file forgets max_codes."""
     store = EmbeddingStore(place / "store")
-    build_index(store, tmp_path / "index", factory="IVF16,SQ8", parameters="nprobe=3")
-    assert VectorIndex.open(tmp_path / "index", store).faiss_index.nprobe == 3
+    build_index(store, tmp_path / "index", factory="IVF16,SQ8", parameters="nprobe=3,max_codes=50")
+    opened = VectorIndex.open(tmp_path / "index", store).faiss_index
+    assert (opened.nprobe, opened.max_codes) == (3, 50)
+    resealed(tmp_path / "index", parameters="efSearch=9")
+    with pytest.raises(CacheError, match="expected an index IVF16,SQ8 that takes efSearch=9"):
+        VectorIndex.open(tmp_path / "index", store)
+
+
+def test_the_store_itself_as_queries_finds_its_likes_without_itself(place, tmp_path):
+    store = EmbeddingStore(place / "store")
+    recall = build_index(store, tmp_path / "index", factory="IVF16,Flat", parameters="nprobe=1", queries=store).recall
+    assert recall == build_index(store, tmp_path / "other", factory="IVF16,Flat", parameters="nprobe=1").recall
+    assert recall.source == ""
 
 
 @given(rows=st.integers(2, 10**9), width=st.integers(1, 2**15))
@@ -325,7 +337,7 @@ def test_rows_that_an_index_makes_up_are_left_out(copy, place):
     names[1::4] = 7
     other.add_with_ids(clustered(1500), names)
     faiss.write_index(other, str(copy / FILE))
-    resealed(copy, size=(copy / FILE).stat().st_size, file=hash_file(copy / FILE))
+    resealed(copy, size=(copy / FILE).stat().st_size, file=hash_file(copy / FILE), parameters="")
     rows, _ = VectorIndex.open(copy, store).best_rows(np.ones(WIDTH), 100)
     assert len(set(rows.tolist())) == len(rows)
     assert set(rows.tolist()) <= {7, *range(3, 1500, 4)}
@@ -388,6 +400,12 @@ def test_the_commands(found, tmp_path):
     assert done.out == works(*words, "--top", 3).out
     assert "approximate: this index found 1.000 of the best 8 when it was built" in done.message
     assert works(*words, "--index", out, "--json").out == works(*words, "--json").out
+    few = ("--factory", "IVF4,Flat", "--parameters", "nprobe=1")
+    works("index", found / "find-images", "--out", tmp_path / "few", *few)
+    done = works(*words, "--index", tmp_path / "few", "--top", 8, "--quiet", "--json")
+    proposed = len(json.loads(done.out)["hits"])
+    assert 0 < proposed < 8
+    assert f"warning: this index proposed only {proposed} rows" in done.message
 
 
 def test_wrong_turns(found, tmp_path):

@@ -449,7 +449,8 @@ def test_what_is_refused_before_training(shards, cache, folders):
 
     refused("the image tower has none to compare it with; pass --missing-tokens drop", image="siglip")
     refused(r"15 tokens of the teacher have no counterpart(.|\n)*'\[CLS\]' in", text="bare")
-    refused("grid of 4 x 4 patches .* got 3 x 3; train with --grids resample", image="dinov2", grids="refuse")
+    every = r"grid of 4 x 4 patches(.|\n)*: 3 x 3\n(.|\n)*train with --grids resample"
+    refused(every, image="dinov2", grids="refuse")
     refused(r"tokens of its own for pictures(.|\n)*remap_flips", image="dinov2", remap_flips=True)
     refused("expected missing_tokens drop where attention is compared on other tokens", missing_tokens="drop")
     refused("--init for twins", text="fits", image="dinov2", init="somewhere/else")
@@ -466,6 +467,8 @@ def test_settings_of_compared_tokens_are_refused_where_none_are(shards, cache, t
     done = cli("train", place, "--out", out, *soft)
     assert f"expected {name} {value} where attention is compared, got attention_weight 0" in done.message
     assert not out.exists()
+    done = cli("train", place, "--out", out, *labels, "--resume")
+    assert "where attention is compared" not in done.message, "a run begun so goes on so"
 
 
 def test_every_picture_of_a_cache_is_held_to_one_grid_before_training(shards, cache, folders, tmp_path):
