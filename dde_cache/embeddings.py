@@ -7,7 +7,7 @@ STORE/store.json              written last: a store without it is being written,
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -170,6 +170,50 @@ def _opened(folder: Path, index: EmbeddingIndex, unit: EmbeddingUnit, *, hashed:
     return rows
 
 
+class Sealed(Protocol):
+    """A model that holds the hash of the rest of itself."""
+
+    @property
+    def sha256(self) -> str:
+        """As it was read."""
+
+    def own_hash(self) -> str:
+        """The hash that `sha256` should be."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, /) -> Self:
+        """As pydantic's."""
+
+
+AnySealed = TypeVar("AnySealed", bound=Sealed)
+
+
+def read_sealed(path: Path, model: type[AnySealed], what: str, remedy: str = "") -> AnySealed:
+    """Read and check a JSON file with its own hash.
+
+    Args:
+        path: of the file.
+        model: what it should be.
+        what: the same in words.
+        remedy: what to do where the hash is wrong.
+
+    Raises:
+        CacheError: it cannot be read, is something else, or was changed by hand.
+    """
+    try:
+        if not is_plain_file(path) or path.stat().st_size > MAX_JSON:
+            raise ValueError(f"expected a plain file of at most {MAX_JSON:,} bytes")
+        found = model.model_validate(parse_json(path.read_bytes()))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in error.errors()]
+        raise CacheError(f"{path}: no {what}:{bullet_list(wrong)}") from error
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if found.own_hash() != found.sha256:
+        raise CacheError(f"{path}: its content does not match its own SHA-256; it was changed or damaged{remedy}")
+    return found
+
+
 def read_index(folder: Path) -> EmbeddingIndex:
     """Read and check `store.json`.
 
@@ -181,17 +225,7 @@ def read_index(folder: Path) -> EmbeddingIndex:
         begun = (folder / UNITS).is_dir() and any((folder / UNITS).glob(f"*{SUFFIX}"))
         state = "it was cut short; run the same `dde-cache embed` again" if begun else "make one with `dde-cache embed`"
         raise CacheError(f"{folder}: expected a store of embeddings, but it has no {INDEX}: {state}")
-    try:
-        if not is_plain_file(path) or path.stat().st_size > MAX_JSON:
-            raise ValueError(f"expected a plain file of at most {MAX_JSON:,} bytes")
-        index = EmbeddingIndex.model_validate(parse_json(path.read_bytes()))
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in error.errors()]
-        raise CacheError(f"{path}: no index of a store of embeddings:{bullet_list(wrong)}") from error
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    if index.own_hash() != index.sha256:
-        raise CacheError(f"{path}: its content does not match its own SHA-256; it was changed or damaged")
+    index = read_sealed(path, EmbeddingIndex, "index of a store of embeddings")
     if (index.rows, index.left_out) != tuple(
         sum(getattr(unit, name) for unit in index.units) for name in ("rows", "left_out")
     ):

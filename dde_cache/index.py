@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from dde_cache.assets import is_plain_file
-from dde_cache.embeddings import EmbeddingStore
-from dde_cache.errors import CacheError, InputError, RunError, bullet_list
+from dde_cache.embeddings import EmbeddingStore, read_sealed
+from dde_cache.errors import CacheError, InputError, RunError
 from dde_cache.files import hash_file
 from dde_cache.inference import Student
 from dde_cache.search import Hit, check_search, encode_query, exact_cosines, hits_of, in_order
-from dde_cache.spec import MAX_JSON, Line, Model, Sha256, hash_json, parse_json
+from dde_cache.spec import Line, Model, Sha256, hash_json
 from dde_cache.stored_rows import Kind
 
 FILE, RECORD = "index.faiss", "index.json"
@@ -165,18 +165,7 @@ def read_record(folder: Path) -> IndexRecord:
     path = folder / RECORD
     if not path.exists():
         raise CacheError(f"{folder}: expected an index of a store, but it has no {RECORD}; make one: `dde-cache index`")
-    try:
-        if not is_plain_file(path) or path.stat().st_size > MAX_JSON:
-            raise ValueError(f"expected a plain file of at most {MAX_JSON:,} bytes")
-        record = IndexRecord.model_validate(parse_json(path.read_bytes()))
-    except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in error.errors()]
-        raise CacheError(f"{path}: no record of an index:{bullet_list(wrong)}") from error
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    if record.own_hash() != record.sha256:
-        raise CacheError(f"{path}: its content does not match its own SHA-256; it was changed or damaged; {_AGAIN}")
-    return record
+    return read_sealed(path, IndexRecord, "record of an index", f"; {_AGAIN}")
 
 
 def proposed_rows(index: Any, queries: Float[np.ndarray, "q w"], top: int) -> list[Int[np.ndarray, " c"]]:
