@@ -85,7 +85,8 @@ def load_beside(run: Path, device: str) -> Beside:
     except ValidationError as error:
         raise RunError(f"{run / CONFIG}: expected the settings of a run, got {error.errors()[0]['msg']}") from error
     labels = tuple(model.config.id2label[number] for number in range(model.config.num_labels))
-    return Beside(run, model.to(target).eval(), preprocessor, labels, choices)
+    notes = ("the student learnt without attention",) if settings.get("attention_weight") == 0 else ()
+    return Beside(run, model.to(target).eval(), preprocessor, labels, choices, notes=notes)
 
 
 def shown_layer(spec: TargetSpec, asked: int | None, student: Beside | None) -> ShownLayer:

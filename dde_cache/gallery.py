@@ -214,18 +214,15 @@ def _batches(numbers: Sequence[int]) -> Iterable[list[int]]:
 
 def _described(pair: SeenPair, place: Pair, text: Text, preprocessor: Preprocessor) -> dict[str, Any]:
     """What a page says of a pair in words."""
-    tokenizer = preprocessor.processor.tokenizer
-    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(pair.token_ids)]
-    apart = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
-    special = [number for number, token in enumerate(pair.token_ids) if token in apart]
+    words, special = text_units(preprocessor, text.text)
     return {
         "key": place.key,
         "slot": place.text,
         "text": text.text,
         "label": text.label,
         "kind": text.kind,
-        "words": joined_words(pieces, special),
-        "special": [{"text": pieces[number], "tokens": [number]} for number in special],
+        "words": words,
+        "special": special,
         "images": [
             {
                 "grid": image.grid,
@@ -239,24 +236,31 @@ def _described(pair: SeenPair, place: Pair, text: Text, preprocessor: Preprocess
     }
 
 
-def joined_words(pieces: Sequence[str], special: Sequence[int]) -> list[dict[str, Any]]:
-    """Join word pieces to words (WordPiece: what goes on with a word begins with ##); special tokens are left out.
+def text_units(preprocessor: Preprocessor, text: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The tokens of a text as its reader sees them: words, each with its pieces, and special tokens.
+
+    Words are those of the tokenizer itself, written as the text writes them, so a byte-level token has no marks.
 
     Returns:
-        For each word its `text`, its `pieces` and the numbers of their `tokens`.
+        words: for each its `text`, its `pieces` and the numbers of their `tokens`.
+        special: for each special token its `text` and its number in `tokens`.
     """
-    words: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        if number in special:
+    tokenizer = preprocessor.processor.tokenizer
+    encoded = tokenizer(text, truncation=True, max_length=preprocessor.text_length, return_offsets_mapping=True)
+    names = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    words: dict[int, dict[str, Any]] = {}
+    special = []
+    for number, (name, word, (start, end)) in enumerate(
+        zip(names, encoded.word_ids(), encoded["offset_mapping"], strict=True)
+    ):
+        if word is None:
+            special.append({"text": name, "tokens": [number]})
             continue
-        goes_on = piece.startswith("##") and words and words[-1]["tokens"][-1] == number - 1
-        if goes_on:
-            words[-1]["text"] += piece[2:]
-            words[-1]["pieces"].append(piece)
-            words[-1]["tokens"].append(number)
-        else:
-            words.append({"text": piece, "pieces": [piece], "tokens": [number]})
-    return words
+        unit = words.setdefault(word, {"start": start, "pieces": [], "tokens": []})
+        unit["text"] = text[unit["start"] : end]
+        unit["pieces"].append(name if name == tokenizer.unk_token else text[start:end])
+        unit["tokens"].append(number)
+    return [{name: unit[name] for name in ("text", "pieces", "tokens")} for unit in words.values()], special
 
 
 def _answer(logits: np.ndarray | None, labels: Sequence[str] | None) -> str | None:

@@ -64,10 +64,9 @@ class SeenImage:
 
 @dataclass(frozen=True)
 class SeenPair:
-    """One pair: its number in the table, its token ids, its pictures, and the logits of both models, where they are."""
+    """One pair: its number in the table, its pictures, and the logits of both models, where they are."""
 
     number: int
-    token_ids: list[int]
     images: list[SeenImage]
     teacher_logits: Float[np.ndarray, " c"] | None = None
     student_logits: Float[np.ndarray, " c"] | None = None
@@ -179,10 +178,9 @@ class Seer:
                     )
                 picture, media_type = self._picture(batch, slot, row)
                 images.append(SeenImage((int(grid[0]), int(grid[1])), picture, media_type, rows))
-            ids = batch["input_ids"][row, :tokens].tolist()
             logits = batch["target.logits"][row].cpu().numpy() if "target.logits" in batch else None
             answers = found.output.logits if found.output is not None else None
-            yield SeenPair(number, ids, images, logits, None if answers is None else answers[row].float().cpu().numpy())
+            yield SeenPair(number, images, logits, None if answers is None else answers[row].float().cpu().numpy())
 
     def _compare(self, numbers: Sequence[int]) -> _Compared:
         batch = self._dataset.__getitems__(numbers)

@@ -6,11 +6,13 @@ import re
 import shutil
 import zlib
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from conftest import randomise
+from families import bert_tokenizer, roberta_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import all_pairs, changed, cli, make_cache, make_samples, make_shards, whole_batch
@@ -19,9 +21,10 @@ from transformers import ViltForImagesAndTextClassification
 
 from dde_cache.distill import TrainConfig, student_output
 from dde_cache.errors import CacheError, InputError, RunError
-from dde_cache.gallery import Choice, joined_words, view
+from dde_cache.gallery import Choice, text_units, view
 from dde_cache.losses import attention_kl, log_attention
 from dde_cache.pages import fill_page, json_text
+from dde_cache.preprocess import Preprocessor
 from dde_cache.sources import CachedTargets
 from dde_cache.student import DualEncoder
 from dde_cache.subset import Selection, subset
@@ -227,6 +230,13 @@ def test_asked_keys_come_with_all_their_texts_in_the_order_asked(cache, shards, 
     ]  # fmt: skip
 
 
+def test_a_student_that_learnt_no_attention_is_shown_and_that_is_said(cache, shards, run, tmp_path):
+    train(shards, CachedTargets(cache), tmp_path / "soft", TrainConfig(**QUICK, attention_weight=0.0))
+    report, page = made(cache, shards, tmp_path, Choice(count=1), run=tmp_path / "soft")
+    assert report.learnt == page.about["learnt"] == "the student learnt without attention"
+    assert made(cache, shards, tmp_path, Choice(count=1), run=run)[0].learnt is None
+
+
 def test_answers_and_labels_are_those_of_the_models_and_the_shards(cache, shards, run, tmp_path):
     _, page = made(cache, shards, tmp_path, Choice(count=100), run=run)
     batch = whole_batch(shards, cache.preprocessor(), cache.labels, CacheTargets(cache, shards, LAYER))
@@ -286,21 +296,40 @@ def test_a_view_is_shown_with_its_own_pixels(shards, teacher_folder, tmp_path):
         view(cache, shards, tmp_path / "no.html", Choice(view=2))
 
 
-@given(st.lists(st.sampled_from(["[CLS]", "a", "##b", "##c", "[SEP]"])))
-def test_word_pieces_are_joined_and_none_is_lost(pieces):
-    special = [number for number, piece in enumerate(pieces) if piece.startswith("[")]
-    words = joined_words(pieces, special)
-    assert sorted([*special, *(token for word in words for token in word["tokens"])]) == list(range(len(pieces)))
+TOKENIZERS = {"bert": bert_tokenizer(), "roberta": roberta_tokenizer()}
+
+
+def tokens_alone(tokenizer):
+    return Preprocessor(SimpleNamespace(tokenizer=tokenizer, image_processor=None), patch_size=12, text_length=32)
+
+
+NEAR = st.text(st.sampled_from("redcircle squarthf?'-  \té🙂"), max_size=24)
+
+
+@given(text=NEAR | st.text(max_size=24), name=st.sampled_from(sorted(TOKENIZERS)))
+def test_words_of_a_text_have_every_token_once_and_read_as_the_text_does(text, name):
+    tokenizer = TOKENIZERS[name]
+    preprocessor = tokens_alone(tokenizer)
+    words, special = text_units(preprocessor, text)
+    ids = preprocessor.tokens([text]).ids[0].tolist()
+    assert sorted(token for unit in (*words, *special) for token in unit["tokens"]) == list(range(len(ids)))
+    assert [ids[unit["tokens"][0]] for unit in special] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    place = 0
     for word in words:
-        first = word["tokens"][0]
-        assert word["tokens"] == list(range(first, first + len(word["tokens"])))
-        assert all(piece.startswith("##") for piece in word["pieces"][1:])
-        assert first == 0 or first - 1 in special or not pieces[first].startswith("##")
+        place = text.index(word["text"], place) + len(word["text"])
 
 
-def test_joined_words_read_as_words():
-    words = joined_words(["[CLS]", "un", "##believ", "##able", "red", "[SEP]"], [0, 5])
-    assert [word["text"] for word in words] == ["unbelievable", "red"]
+def test_words_stand_as_in_the_text_whatever_the_tokenizer():
+    text = "Is there a red-ish circle?"
+    words, special = text_units(tokens_alone(TOKENIZERS["bert"]), text.lower())
+    assert [word["text"] for word in words] == ["is", "there", "a", "red", "-", "ish", "circle", "?"]
+    assert {word["text"]: word["pieces"] for word in words}["ish"] == ["[UNK]"]
+    assert [one["text"] for one in special] == ["[CLS]", "[SEP]"]
+    words, special = text_units(tokens_alone(TOKENIZERS["roberta"]), "there is a redis")
+    assert [(word["text"], word["pieces"]) for word in words] == [
+        ("there", ["there"]), ("is", ["is"]), ("a", ["a"]), ("redis", ["red", "i", "s"]),
+    ]  # fmt: skip
+    assert [one["text"] for one in special] == ["<s>", "</s>"]
 
 
 # --- markup

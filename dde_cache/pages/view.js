@@ -188,7 +188,8 @@
       drawMap(figure.querySelector("canvas"), shown.images[slot], row, scale);
       figure.querySelector(".cls").textContent = `CLS ${percent(row[0])}`;
     }
-    const pieces = word.pieces && word.pieces.length > 1 ? ` (${word.pieces.join(" ")})` : "";
+    const parts = (word.pieces ?? [word.text]).join(" ");
+    const pieces = parts === word.text ? "" : ` (${parts})`;
     byId("word-title").textContent = `Word “${word.text}”${pieces} to the picture, ${headName(state.head)}`;
     byId("row-facts").textContent = shown.images
       .map((image, slot) => (shown.images.length > 1 ? `image ${slot + 1}: ` : "") +
