@@ -117,7 +117,7 @@ class StudentLosses(Objective[Compared]):
         task, heat = load_task(config.task), config.temperature
         hard = Term[Compared](
             config.hard_weight,
-            lambda batch, _sizes: task.hard_rows(batch),
+            pairs,
             lambda compared, batch, _sizes: task.hard_sum(compared.student, batch),
         )
         if isinstance(targets, LabelsOnly):

@@ -41,7 +41,7 @@ from dde_cache.stream import BatchOrder, PairTable, Share
 from dde_cache.student import DualEncoderOutput
 from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import load_weights, read_config, resolve, task_logits
-from dde_cache.terms import Objective, Term
+from dde_cache.terms import Objective, Term, pairs
 from dde_cache.vilt import position_deviation
 
 TRAINING = "training"
@@ -179,11 +179,7 @@ def _objective(task: Task) -> Objective[DualEncoderOutput]:
     """The task's hard loss alone."""
     return Objective(
         lambda model, batch, _sizes: _output(model, batch),
-        {
-            "hard": Term(
-                1.0, lambda batch, _sizes: task.hard_rows(batch), lambda output, batch, _: task.hard_sum(output, batch)
-            )
-        },
+        {"hard": Term(1.0, pairs, lambda output, batch, _: task.hard_sum(output, batch))},
     )
 
 

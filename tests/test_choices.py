@@ -305,6 +305,21 @@ def two(save_teacher, tmp_path_factory):
     return FusionTeacher.load(folder), made, cache
 
 
+@pytest.mark.parametrize(("task", "name", "none"), [("classification", "label", -100), ("vqa", "scores", 0)])
+def test_a_label_weighs_the_same_whatever_its_company(shards, caches, task, name, none):
+    """Otherwise the one labelled pair of a batch outweighs what all of its pairs learn from the teacher."""
+    config, targets = TrainConfig(task=task, hard_weight=1.0), CachedTargets(caches["sqrt8"])
+    model, plan = planned(targets, shards, config)
+    every = batch_of(plan, shards, config)
+    chosen = torch.arange(len(every[name])) % 3 == 0
+    parts = [mask if every[name].dim() == 1 else mask[:, None] for mask in (chosen, ~chosen)]
+    kept = [every | {name: every[name].where(part, none)} for part in parts]
+    whole, *some = (losses_and_gradients(model, config, targets, batch, plan.mean_heads)[0] for batch in (every, *kept))
+    assert all(0 < float(one["hard"]) < float(whole["hard"]) for one in some)
+    torch.testing.assert_close(sum(one["hard"] for one in some), whole["hard"])
+    assert all(torch.equal(one["soft"], whole["soft"]) for one in some)
+
+
 @pytest.mark.parametrize("choice", [name for name in CHOICES if "vqa" not in name and name != "weights"])
 def test_every_choice_with_two_pictures(two, choice):
     teacher, shards, cache = two

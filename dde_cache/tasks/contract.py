@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from dde_cache.batches import NO_LABEL, Batch, PairDataset, class_numbers
+from dde_cache.batches import Batch, PairDataset, class_numbers
 from dde_cache.errors import InputError
 from dde_cache.losses import label_sum, soft_label_sum
 from dde_cache.samples import Shard, Text
@@ -61,16 +61,12 @@ class Task(ABC):
         """Compare logits with the teacher's: a sum over pairs, whose mean over all pairs of a batch is the loss."""
 
     @abstractmethod
-    def hard_rows(self, batch: Batch) -> float:
-        """What the sum of the hard loss is divided by: a number of rows, or the sum of their weights.
-
-        It is a function of the batch alone: a batch may be spread over ranks and micro-batches, whose sums and rows add
-        up before the one is divided by the other.
-        """
-
-    @abstractmethod
     def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
-        """Compare a student's output with the labels, as `targets` put them into the batch: a sum over rows."""
+        """Compare a student's output with the labels, as `targets` put them into the batch: a sum over pairs.
+
+        The loss is its mean over ALL pairs of a batch, so a pair without a label counts there and adds 0. (A mean over
+        the labelled ones would let a few of them outweigh what all pairs learn from a teacher.)
+        """
 
     def predict(
         self,
@@ -109,10 +105,6 @@ class SingleLabel(Task):
     def soft_sum(self, student: Float[Tensor, "b c"], teacher: Float[Tensor, "b c"]) -> Float[Tensor, ""]:
         """KL(teacher || student) over classes at temperature 1."""
         return soft_label_sum(student, teacher)
-
-    def hard_rows(self, batch: Batch) -> float:
-        """Labelled pairs."""
-        return int((batch["label"] != NO_LABEL).sum())
 
     def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
         """Cross-entropy of the labelled pairs."""

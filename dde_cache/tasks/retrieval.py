@@ -61,10 +61,6 @@ class Retrieval(Task):
         """
         raise InputError("retrieval has no soft labels; train with --set soft_weight=0")
 
-    def hard_rows(self, batch: Batch) -> float:
-        """Pairs."""
-        return len(batch["pair"])
-
     def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
         """Contrast the texts and pictures of the batch with those of all ranks.
 

@@ -138,12 +138,11 @@ class Vqa(Task):
         """Binary cross-entropy against sigmoid(teacher), times the number of answers (DiDE, VQAv2)."""
         return answer_bce_sum(student, teacher.float().sigmoid())
 
-    def hard_rows(self, batch: Batch) -> float:
-        """Questions that have an answer in the vocabulary; the others are left out, as ViLT leaves them out."""
-        return int(_answered(batch).sum())
-
     def hard_sum(self, output: DualEncoderOutput, batch: Batch) -> Float[Tensor, ""]:
-        """Binary cross-entropy against the soft scores, times the number of answers."""
+        """Binary cross-entropy against the soft scores, times the number of answers.
+
+        Questions without an answer in the vocabulary are left out, as ViLT leaves them out.
+        """
         known = _answered(batch)
         return answer_bce_sum(output.logits[known], batch["scores"][known])
 
