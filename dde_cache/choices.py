@@ -8,9 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from dde_cache.errors import InputError
 from dde_cache.losses import Tail
-from dde_cache.runs import FitConfig
+from dde_cache.runs import AugmentedConfig
 from dde_cache.spec import Heads, Rows
-from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, recipe_in_full
 
 SAME = "same"
 """The layer map that gives each layer of the teacher the student's block of the same number."""
@@ -30,7 +29,7 @@ class LayerPair(NamedTuple):
         return f"{self.teacher}:{'last' if self.student is None else self.student}"
 
 
-class DistillConfig(FitConfig):
+class DistillConfig(AugmentedConfig):
     """Which of the teacher's signals count, and how. A weight of 0 leaves a loss out, and its targets are not read."""
 
     attention_weight: float = Field(default=1.0, ge=0)
@@ -82,24 +81,6 @@ class DistillConfig(FitConfig):
         default=False, description="mirror every other picture, and its stored maps with it: an approximation"
     )
 
-    views: int | None = Field(
-        default=None,
-        ge=1,
-        lt=2**16,
-        description="augmentations of each sample, one an epoch; without a cache alone, which has those of its teacher",
-    )
-    view: str | None = Field(
-        default=None, description="their recipe, as `extract --view-recipe`; null: randaugment-2-9 where there are some"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _choose_recipe(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        view = values.get("view") or (DEFAULT_RECIPE if values.get("views") not in (None, 1) else None)
-        return values | {"view": recipe_in_full(view)}
-
     @field_validator("layer_map")
     @classmethod
     def _check_map(cls, layer_map: str | None) -> str | None:
@@ -126,12 +107,6 @@ class DistillConfig(FitConfig):
             raise ValueError("expected layer or layer_map, got both: layer stands for a map to the last block")
         if self.remap_flips and (self.attention == "whole" or self.hidden_weight or self.pooled_weight):
             raise ValueError("expected remap_flips with cross attention alone: nothing else is mirrored")
-        return self
-
-    @model_validator(mode="after")
-    def _check_views(self) -> "DistillConfig":
-        if self.view == AS_PROCESSED and self.views not in (None, 1):
-            raise ValueError(f"expected one view where pictures stay as processed, got {self.views} that are all alike")
         return self
 
     @property

@@ -34,7 +34,7 @@ from dde_cache.stream import PairTable
 from dde_cache.targets import CacheTargets
 from dde_cache.tasks import Task
 from dde_cache.teacher import FusionTeacher
-from dde_cache.views import AS_PROCESSED, ViewRecipe, parse_recipe
+from dde_cache.views import ViewRecipe, parse_recipe
 
 
 def labels_only(like: str | Cache) -> LabelsOnly:
@@ -155,10 +155,11 @@ def _plan(
     shards: Sequence[Shard], targets: Targets, config: TrainConfig, task: Task, passes: Sequence[PassName]
 ) -> TrainingPlan:
     """What is read, from where the targets come from."""
-    drawn = parse_recipe(config.view or AS_PROCESSED), config.views or 1
     if isinstance(targets, LabelsOnly):
         labels = _answers(targets.labels, task)
-        return TrainingPlan(targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False, *drawn)
+        return TrainingPlan(
+            targets.preprocessor, targets.tower, labels, PairTable.of(shards), None, False, *config.drawn
+        )
     if config.soft_weight and not task.soft:
         raise InputError(f"task {config.task} has no soft labels; train with --set soft_weight=0")
     if isinstance(targets, OnlineTargets):
@@ -167,7 +168,7 @@ def _plan(
         mean_heads = config.heads == "mean"
         _check_teacher(teacher, config)
         table = PairTable.of(shards)
-        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, table, None, mean_heads, *drawn)
+        return TrainingPlan(teacher.preprocessor, teacher.tower, labels, table, None, mean_heads, *config.drawn)
     caches = caches_of(targets)
     lacking = [line for place in asked_parts(targets, config) for line in place.lacking(task)]
     several = isinstance(targets, SeveralTargets)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dde_cache.errors import InputError, RunError, bullet_list
 from dde_cache.store import write_text
 from dde_cache.stream import Shuffle
+from dde_cache.views import AS_PROCESSED, DEFAULT_RECIPE, ViewRecipe, parse_recipe, recipe_in_full
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -71,6 +72,39 @@ class FitConfig(BaseModel):
     def shuffle(self) -> Shuffle:
         """How the pairs are mixed."""
         return Shuffle(self.seed, self.shuffle_shards, self.shuffle_chunks)
+
+
+class AugmentedConfig(FitConfig):
+    """How a model is fitted that may see its pictures augmented."""
+
+    views: int | None = Field(
+        default=None,
+        ge=1,
+        lt=2**16,
+        description="augmentations of each sample, one an epoch (a cache has those of its teacher: leave them out)",
+    )
+    view: str | None = Field(
+        default=None, description="their recipe, as `extract --view-recipe`; null: randaugment-2-9 where there are some"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_recipe(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        view = values.get("view") or (DEFAULT_RECIPE if values.get("views") not in (None, 1) else None)
+        return values | {"view": recipe_in_full(view)}
+
+    @model_validator(mode="after")
+    def _check_views(self) -> "AugmentedConfig":
+        if self.view == AS_PROCESSED and self.views not in (None, 1):
+            raise ValueError(f"expected one view where pictures stay as processed, got {self.views} that are all alike")
+        return self
+
+    @property
+    def drawn(self) -> tuple[ViewRecipe | None, int]:
+        """How views are drawn (None: pictures as processed), and how many of each sample."""
+        return parse_recipe(self.view or AS_PROCESSED), self.views or 1
 
 
 Config = TypeVar("Config", bound=FitConfig)

@@ -34,10 +34,11 @@ from dde_cache.errors import InputError, RunError
 from dde_cache.fit import Fit, FitResult, Progress
 from dde_cache.preprocess import Preprocessor
 from dde_cache.ranks import Ranks
-from dde_cache.runs import FitConfig, open_run, with_steps
+from dde_cache.replay import order_in_views
+from dde_cache.runs import AugmentedConfig, open_run, with_steps
 from dde_cache.samples import Shard, Text
 from dde_cache.scores import EvaluationReport
-from dde_cache.stream import BatchOrder, PairTable, Share
+from dde_cache.stream import PairTable, Share
 from dde_cache.student import DualEncoderOutput
 from dde_cache.tasks import Task, load_task
 from dde_cache.teacher import load_weights, read_config, resolve, task_logits
@@ -50,7 +51,7 @@ TRAINING = "training"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class TeachConfig(FitConfig):
+class TeachConfig(AugmentedConfig):
     """How a teacher is trained: the shape of a new ViLT, and the fit."""
 
     task: str = Field(default="classification", description="a name of dde_cache.tasks, or module:Class")
@@ -112,7 +113,9 @@ def train_teacher(
     vilt, preprocessor = begun
     table = PairTable.of(shards)
     check_batch_size(table, config.batch_size)
-    dataset = PairDataset(shards, table, preprocessor, labels, encode=task.targets)
+    recipe, views = config.drawn
+    in_views = table.in_views(views)
+    dataset = PairDataset(shards, in_views, preprocessor, labels, recipe=recipe, encode=task.targets)
     held_out = PairDataset(valid, PairTable.of(valid), preprocessor, labels, encode=task.targets)
 
     def measure(model: nn.Module) -> Any:
@@ -125,7 +128,7 @@ def train_teacher(
         preprocessor.save(out)
 
     def loader(step: int, share: Share) -> Iterable[Batch]:
-        order = BatchOrder(table, config.shuffle(), config.batch_size, step, config.steps, share)
+        order = order_in_views(table, views, config, step, config.steps, share)
         return batch_loader(dataset, order, config.workers)
 
     ranks = Ranks()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pipeline import make_cache, make_samples, make_shards
+from pipeline import changed, make_cache, make_samples, make_shards, png
 from safetensors.torch import load_file, save_file
 from transformers import ViltForMaskedLM, ViltForQuestionAnswering, ViltModel
 
@@ -77,6 +77,32 @@ def test_a_teacher_of_two_images(begun, tmp_path, save_teacher):
         source = ViltModel.from_pretrained(folder).embeddings.token_type_embeddings.weight
         torch.testing.assert_close(types, source[[0, 1, 1]], atol=1e-6, rtol=0)
     make_cache(shards, tmp_path / "out", tmp_path / "cache")
+
+
+def test_views_are_what_the_recipe_draws_of_each_picture(save_teacher, shards, tmp_path):
+    """One view a sample: the same weights as from pictures that were drawn beforehand. More: others every epoch."""
+    plain = {"steps": 12, "batch_size": 4, "workers": 0}
+    config = TeachConfig(**plain, views=1, view="randaugment-2-9")
+    recipe, views = config.drawn
+    assert (views, str(recipe)) == (1, config.view)
+    drawn = [
+        changed(sample, images=(png(recipe(sample.images[0].decode(), sample.key, 0)),))
+        for shard in shards
+        for sample in shard
+    ]
+    data = make_shards(tmp_path / "data", drawn)
+    found = {}
+    for name, some, chosen in (
+        ("as processed", shards, TeachConfig(**plain)),
+        ("views", shards, config),
+        ("drawn", data, TeachConfig(**plain)),
+        ("four", shards, TeachConfig(**plain, views=4)),
+    ):
+        train_teacher(some, tmp_path / name, chosen, init=str(save_teacher(num_labels=2)))
+        found[name] = weights(tmp_path / name)["vilt.embeddings.cls_token"]
+    assert torch.equal(found["views"], found["drawn"])
+    assert not torch.equal(found["views"], found["as processed"])
+    assert not torch.equal(found["views"], found["four"])
 
 
 def test_the_vocabulary_of_a_vqa_teacher(tmp_path):
