@@ -74,7 +74,9 @@ def _show(report: StudyReport) -> None:
     table = Table(
         title=f"{report.testbed}: {report.questions:,} questions about {report.pictures:,} pictures",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        # With the longest names and differences this fills 80 columns.
+        padding=0,
     )
     table.add_column("cell", no_wrap=True)
     for name in ("n", "accuracy", *groups, "bytes", "difference, 95 %"):
@@ -92,6 +94,7 @@ def _show(report: StudyReport) -> None:
             "" if row.difference is None else points(row.difference),
         )
     console.print(table)
+    console.print()
     for claim in (one for one in report.claims if one.measured):
         colour = {"established": "green", "refuted": "red"}.get(claim.verdict, "yellow")
         console.print(f"[{colour}]{claim.verdict}[/]: {claim.claim}: {escape(claim.because)}", highlight=False)

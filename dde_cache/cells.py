@@ -84,6 +84,7 @@ CELLS = (
     _kept("mass 0.98", mass=0.98, k=32),
     _kept("top-4, even tail", tail="uniform", k=4),
     _kept("top-4, no tail", tail="renormalise", k=4),
+    _kept("top-8, even tail", tail="uniform", k=8),
     Cell("all labels + cache", "labels", 2, {"hard_weight": 1.0}, base="labels alone"),
     *_labels(0.1),
     *_labels(0.01),

@@ -11,9 +11,17 @@ from dde_cache.cells import CELLS, DEFAULT, FAMILIES, chosen, ordered
 from dde_cache.claims import SkippedRun, study_report
 from dde_cache.equivalence import Requirements
 from dde_cache.errors import InputError, RunError
-from dde_cache.outcomes import Outcomes, Questions, StudyResult, read_outcomes
+from dde_cache.outcomes import (
+    Outcomes,
+    Questions,
+    StudyResult,
+    read_outcomes,
+    write_correct,
+    write_questions,
+    write_result,
+)
 from dde_cache.samples import open_shards
-from dde_cache.study import extraction, read_study, run_study, training
+from dde_cache.study import extraction, open_study, read_study, run_study, training
 from dde_cache.study_report import markdown, sum_up, write_plots
 from dde_cache.testbeds import StudyConfig, part_source, study_config
 
@@ -332,6 +340,25 @@ def test_cells_without_runs_are_no_reason_to_stop():
     report, found = verdicts(outcomes_of({DEFAULT: 0.9}))
     assert set(found.values()) == {"not enough data"}
     assert [row.cell for row in report.rows] == [DEFAULT]
+
+
+def test_every_cell_stands_whole_in_80_columns(tmp_path):
+    outcomes = outcomes_of({cell.name: 0.9 if cell.name == DEFAULT else 0.5 for cell in CELLS}, seeds=2)
+    open_study(tmp_path / "study", study_config())
+    write_questions(tmp_path / "study", outcomes.questions)
+    write_correct(tmp_path / "study", "teacher", outcomes.teacher)
+    for run in ordered(CELLS, 2):
+        write_correct(tmp_path / "study", run.name, outcomes.correct[run.cell.name][run.seed])
+        result = outcomes.results[run.cell.name][run.seed].model_copy(update={"bytes_a_pair": 23_171.0})
+        write_result(tmp_path / "study", run.name, result)
+    done = cli("study", "--out", tmp_path / "study", "--report-only")
+    assert done.code == 0, done.err
+    assert "…" not in done.out
+    lines = done.out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    rows = [line for line in lines if line.startswith(tuple(cell.name for cell in CELLS)) and "±" in line]
+    assert len(rows) == len(CELLS)
+    assert sum(line.endswith("]") for line in rows) == sum(cell.base != cell.name for cell in CELLS)
 
 
 def test_plots_are_svg_with_every_cell(tmp_path):
