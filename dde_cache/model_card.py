@@ -79,7 +79,9 @@ def _taught(targets: Targets) -> dict[str, str]:
         teachers = [f"{one.spec.teacher.family}, weights {one.spec.teacher.weights[:16]}" for one in caches]
         return {
             "teacher": "; ".join(teachers),
-            "targets": "cache " + ", ".join(f"`{one.manifest.fingerprint}`" for one in caches),
+            "targets": "; ".join(
+                f"cache `{one.manifest.fingerprint}`, manifest {one.manifest.sha256[:16]}" for one in caches
+            ),
         }
     if isinstance(targets, OnlineTargets):
         return {
@@ -100,7 +102,9 @@ def _tower(student: DualEncoder, side: str, name: str | None) -> str:
 def _listed(shards: Sequence[Shard]) -> str:
     names = sorted(shard.name for shard in shards)
     named = _quoted(names[0]) + (f" to {_quoted(names[-1])}" if len(names) > 1 else "")
-    return f"{named} ({len(names)}; SHA-256 of their names {hash_json(names)[:16]})"
+    members = sorted((shard.name, shard.members_hash()) for shard in shards)
+    samples = sum(len(shard) for shard in shards)
+    return f"{named} ({samples:,} samples; SHA-256 of their files' names and sizes {hash_json(members)[:16]})"
 
 
 def _quoted(text: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dde_cache.canonical import hash_json
 from dde_cache.errors import InputError, bullet_list
 from dde_cache.images import IMAGE_FORMATS
 from dde_cache.images import EncodedImage as EncodedImage
@@ -200,6 +201,12 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def members_hash(self) -> str:
+        """SHA-256 of every member's key, suffix and size, in tar order: other data has another one, short of files that
+        differ and are all of equal size. No picture is read for it."""
+        sizes, counts = self._places[:, 1].tolist(), np.diff(self._first).tolist()
+        return hash_json([list(self._numbers), counts, self._suffixes, sizes])
 
     def read(self, key: str) -> Sample:
         """Read one sample by key.

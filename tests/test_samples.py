@@ -123,6 +123,23 @@ def test_content_hash_is_of_what_a_teacher_sees():
     assert len({one.content_hash() for one in [first, *others]}) == 5
 
 
+def test_members_hash_tells_other_data_wherever_it_lies(tmp_path):
+    def hashed(name, *some):
+        write(tmp_path / name, some)
+        return open_shards(tmp_path / name)[0].members_hash()
+
+    one = hashed("one", sample("a"), sample("b"))
+    assert hashed("two", sample("a"), sample("b")) == one
+    others = [
+        hashed("key", sample("a"), sample("c")),
+        hashed("text", sample("a"), sample("b", text="is it blue")),
+        hashed("picture", sample("a"), sample("b", images=(png(size=(40, 30)),))),
+        hashed("images", sample("a", images=(png(), png())), sample("b")),
+        hashed("less", sample("a")),
+    ]
+    assert len({one, *others}) == 6
+
+
 @pytest.mark.parametrize(
     "key", ["", "a.b", "a b", "a\\b", "/a", "a/", "a//b", "..", "a\0", "a\n", "\ud800", "é" * 101, "a\u202eb"]
 )
