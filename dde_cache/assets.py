@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dde_cache.errors import CacheError, bullet_list
+from dde_cache.errors import CacheError, bullet_list, first_line
 from dde_cache.files import hash_file
 from dde_cache.preprocess import Preprocessor
 from dde_cache.spec import MAX_JSON, Manifest, TargetSpec, parse_json
@@ -109,6 +109,10 @@ def family_of(spec: TargetSpec) -> type[Family]:
 
 def _unlike(config: Mapping[str, Any], spec: TargetSpec) -> list[str]:
     """Where a configuration says something else than the specification."""
+    given = tuple(name for name in family_of(spec).directions if name in spec.directions)
+    if spec.layers and given != spec.directions:
+        return [f"directions: a {spec.teacher.family} gives {', '.join(family_of(spec).directions)} alone, got "
+                f"{', '.join(spec.directions)}"]  # fmt: skip
     if spec.teacher.family == "vilt":
         equal = {
             "num_hidden_layers": spec.teacher_layers,
@@ -161,9 +165,9 @@ def load_preprocessor(assets: Path, spec: TargetSpec) -> Preprocessor:
         return preprocessor
     except Exception as error:
         # Libraries say in exceptions of every class that they do not understand a stranger's file.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(
-            f"{assets}: the teacher's processor and tokenizer cannot be loaded: {first}; see `dde-cache verify`"
+            f"{assets}: the teacher's processor and tokenizer cannot be loaded: {first_line(error)}; see `dde-cache "
+            "verify`"
         ) from error
 
 

@@ -83,6 +83,17 @@ def test_a_cache_says_whose_it_is_and_holds_what_its_teacher_gives(made, shards)
     unit.close()
 
 
+def test_a_direction_that_the_family_lacks_is_refused(made):
+    name, folder = made
+    cache = Cache(folder / "cache")
+    both = cache.spec.model_copy(update={"directions": ("t2i", "i2t")})
+    if name != "blip":
+        assert read_config(folder / "cache" / "assets", both)
+        return
+    with pytest.raises(CacheError, match="directions: a blip gives t2i alone, got t2i, i2t"):
+        read_config(folder / "cache" / "assets", both)
+
+
 def test_another_teacher_of_the_family_is_found_out(made, shards, tmp_path):
     name, folder = made
     other = save_family(name, tmp_path / "other", seed=1)
