@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dde_cache.agreement import check_inputs
-from dde_cache.errors import InputError, bullet_list
+from dde_cache.errors import InputError, bullet_list, first_line
 from dde_cache.partners import PartnersOfShards, PartnerSource
 from dde_cache.passes import RECIPES, UNMASKED, PassName, Words, identities, mask_batch, plain
 from dde_cache.preprocess import PixelBatch, Preprocessor, TokenBatch
@@ -279,8 +279,8 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"expected --device cpu or a GPU that torch can use here, got {name!r}: {first}") from error
+        why = first_line(error)
+        raise InputError(f"expected --device cpu or a GPU that torch can use here, got {name!r}: {why}") from error
     return device
 
 

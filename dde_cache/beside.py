@@ -19,7 +19,7 @@ from dde_cache.batches import torch_device
 from dde_cache.choices import DistillConfig, LayerPair
 from dde_cache.configs import read_yaml
 from dde_cache.distill import ATTENTION_MAPS
-from dde_cache.errors import InputError, RunError
+from dde_cache.errors import InputError, RunError, first_line
 from dde_cache.initial import MODEL, load_student
 from dde_cache.match import AttentionMaps, Raw, heads_fit
 from dde_cache.preprocess import Preprocessor
@@ -156,10 +156,9 @@ def _of_checkpoint(checkpoint: Path, student: Beside, cache: Cache, layer: Shown
         student.model.load_state_dict({name: whole[name] for name in names})
         step, best = int(state["step"]), state["best_step"]
     except _UNREADABLE as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"{checkpoint}: expected a checkpoint with the student and the maps of its heads, but it cannot be read: "
-            f"{first}; leave --run out to look at the teacher alone"
+            f"{first_line(error)}; leave --run out to look at the teacher alone"
         ) from error
     note = f"the student of step {step}, the newest checkpoint, whose learned maps bring its heads to the teacher's"
     note += f" (the saved student is of step {best})" if best not in (None, step) else ""

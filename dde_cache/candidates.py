@@ -17,7 +17,7 @@ from pydantic import Field
 
 from dde_cache.arrays import key_arrays, table_members
 from dde_cache.blocks import Blocks
-from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.errors import CacheError, InputError, bullet_list, first_line
 from dde_cache.files import hash_file, write_members
 from dde_cache.samples import Sample, Shard
 from dde_cache.spec import Model, Sha256
@@ -222,7 +222,7 @@ def _problems(found: Candidates) -> list[str]:
 
 
 def _damaged(path: Path, error: Exception) -> CacheError:
-    first = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    first = first_line(error)[:300]
     return CacheError(f"{path}: expected candidates of `dde-cache mine`, but they cannot be read: {first}; mine again")
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, ViltConfig
 
-from dde_cache.errors import TeacherError
+from dde_cache.errors import TeacherError, first_line
 from dde_cache.preprocess import Preprocessor
 from dde_cache.teachers import ARCHITECTURES, FAMILIES, Family
 
@@ -112,7 +112,7 @@ def _any_config(name: str) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise TeacherError(
             f"{name}: expected a folder or hub id with a checkpoint of a fusion encoder (config.json, "
-            f"model.safetensors, processor), but it cannot be read: {str(error).splitlines()[0]}"
+            f"model.safetensors, processor), but it cannot be read: {first_line(error)}"
         ) from error
 
 
@@ -133,7 +133,7 @@ def load_weights(family: Any, path: str, config: Any, optional: Sequence[str] = 
             path, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise TeacherError(f"{path}: the weights cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise TeacherError(f"{path}: the weights cannot be loaded: {first_line(error)}") from error
     missing = sorted({*report["missing_keys"], *(name for name, *_shapes in report["mismatched_keys"])})
     missing = [name for name in missing if not name.startswith(tuple(f"{part}." for part in optional))]
     if missing:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dde_cache.batches import NO_LABEL
 from dde_cache.configs import read_yaml
-from dde_cache.errors import InputError, RunError
+from dde_cache.errors import InputError, RunError, first_line
 from dde_cache.evaluate import load_subject, predictions_of
 from dde_cache.runs import CONFIG, METRICS
 from dde_cache.samples import Shard
@@ -110,8 +110,9 @@ def _read_run(folder: Path, number: int) -> Run:
         if (folder / RUN).is_file():
             record = RunRecord.model_validate_json((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"{folder}: its {METRICS} or {RUN} cannot be read ({first}); leave this run out") from error
+        raise RunError(
+            f"{folder}: its {METRICS} or {RUN} cannot be read ({first_line(error)}); leave this run out"
+        ) from error
     return Run(f"{number}: {folder.resolve().name}", folder, read_yaml(folder / CONFIG), lines, record)
 
 

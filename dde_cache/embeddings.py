@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field, ValidationError
 
 from dde_cache.assets import is_plain_file
-from dde_cache.errors import CacheError, InputError, bullet_list
+from dde_cache.errors import CacheError, InputError, bullet_list, first_line
 from dde_cache.files import hash_file
 from dde_cache.manifest import UNITS, write_bytes
 from dde_cache.spec import MAX_JSON, Line, Model, Sha256, hash_json, indented_json, parse_json
@@ -208,7 +208,7 @@ def read_sealed(path: Path, model: type[AnySealed], what: str, remedy: str = "")
         wrong = [f"{'.'.join(map(str, one['loc']))[:100]}: {one['msg'][:200]}" for one in error.errors()]
         raise CacheError(f"{path}: no {what}:{bullet_list(wrong)}") from error
     except (OSError, ValueError) as error:
-        raise CacheError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise CacheError(f"{path}: cannot be read: {first_line(error)}") from error
     if found.own_hash() != found.sha256:
         raise CacheError(f"{path}: its content does not match its own SHA-256; it was changed or damaged{remedy}")
     return found

@@ -35,3 +35,8 @@ def bullet_list(lines: Sequence[str], shown: int = 5) -> str:
     """Format the first `shown` lines as an indented list and count the rest."""
     text = "".join(f"\n  - {line}" for line in lines[:shown])
     return text + (f"\n  (+{len(lines) - shown} more)" if len(lines) > shown else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says that has words, or the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dde_cache.batches import Batch, PairDataset, check_labels, pictures_of, to_device, tokens_of, torch_device
-from dde_cache.errors import CacheError, InputError, RunError
+from dde_cache.errors import CacheError, InputError, RunError, first_line
 from dde_cache.initial import MODEL, load_student
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
@@ -73,7 +73,7 @@ def _load_run(run: Path, device: str, task: str | None) -> Subject:
     except (OSError, ValueError, ValidationError) as error:
         raise RunError(
             f"{run / BASELINES}: expected what a run keeps of its training labels, but it cannot be read "
-            f"({str(error).splitlines()[0]}); go on with `dde-cache train ... --resume`"
+            f"({first_line(error)}); go on with `dde-cache train ... --resume`"
         ) from error
     labels = tuple(student.config.id2label[number] for number in range(student.config.num_labels))
     trained = str(student.config.task)

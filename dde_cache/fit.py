@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dde_cache.batches import Batch, to_device
 from dde_cache.clock import Clock
-from dde_cache.errors import RunError
+from dde_cache.errors import RunError, first_line
 from dde_cache.interrupt import FinishStep
 from dde_cache.optimizer import parameter_groups, rate_at
 from dde_cache.ranks import Ranks, accelerator
@@ -148,8 +148,7 @@ class Fit:
                 self._load(found[-1])
             except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
                 raise RunError(
-                    f"{found[-1]}: the checkpoint is damaged ({str(error).splitlines()[0]}); start again with another "
-                    "--out"
+                    f"{found[-1]}: the checkpoint is damaged ({first_line(error)}); start again with another --out"
                 ) from error
         step = self._state.step
         if self._ranks.any(self._ranks.largest({"step": step})["step"] != step):

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dde_cache.assets import is_plain_file
 from dde_cache.embeddings import EmbeddingStore, read_sealed
-from dde_cache.errors import CacheError, InputError, RunError
+from dde_cache.errors import CacheError, InputError, RunError, first_line
 from dde_cache.files import hash_file
 from dde_cache.inference import Student
 from dde_cache.search import Hit, check_search, encode_query, exact_cosines, hits_of, in_order
@@ -188,7 +188,7 @@ def unit_vector(vector: Float[np.ndarray, " w"]) -> Float[np.ndarray, " w"]:
 
 def reason(error: BaseException) -> str:
     """What FAISS says, without the names of its functions."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = first_line(error)
     return re.sub(r"^Error in .* at \S+:\d+: (Error: '.*' failed: ?)?", "", text) or text
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import ViltConfig
 
-from dde_cache.errors import InputError, RunError, TeacherError, bullet_list
+from dde_cache.errors import InputError, RunError, TeacherError, bullet_list, first_line
 from dde_cache.preprocess import Preprocessor
 from dde_cache.student import DualEncoder, Head, new_student, student_from_vilt
 from dde_cache.tokens import same_tokens, with_tokenizer
@@ -249,8 +249,9 @@ def load_student(folder: str | Path) -> tuple[DualEncoder, Preprocessor]:
         model, report = DualEncoder.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True)
         preprocessor = Preprocessor.load(path, model.config.vilt().patch_size, model.config.text_length)
     except (*_UNREADABLE, TeacherError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{folder}: expected a student of `dde-cache train`, but it cannot be read: {first}") from error
+        raise RunError(
+            f"{folder}: expected a student of `dde-cache train`, but it cannot be read: {first_line(error)}"
+        ) from error
     lost = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if lost:
         raise RunError(

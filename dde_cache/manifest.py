@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from dde_cache.assets import ASSETS, is_plain_file
 from dde_cache.candidates import no_cache
-from dde_cache.errors import CacheError, bullet_list
+from dde_cache.errors import CacheError, bullet_list, first_line
 from dde_cache.files import partial_file, place
 from dde_cache.spec import FORMAT_VERSION, MAX_JSON, Manifest, hash_json, indented_json, parse_json
 
@@ -83,7 +83,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             f"{where}: cannot be read, its fields are not those of format version {FORMAT_VERSION}:{bullet_list(wrong)}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise CacheError(f"{where}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise CacheError(f"{where}: cannot be read: {first_line(error)}") from error
     if own != manifest.sha256:
         raise CacheError(f"{where}: its content does not match its own SHA-256; it was changed or damaged")
     if fingerprint != manifest.fingerprint:

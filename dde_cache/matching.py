@@ -22,7 +22,7 @@ from dde_cache.blocks import Blocks
 from dde_cache.candidates import CANDIDATES as CANDIDATES
 from dde_cache.candidates import INDEX as INDEX
 from dde_cache.candidates import NONE, Candidates, changes, read_candidates
-from dde_cache.errors import CacheError, bullet_list
+from dde_cache.errors import CacheError, bullet_list, first_line
 from dde_cache.files import hash_file
 from dde_cache.manifest import UNITS
 from dde_cache.samples import Shard
@@ -154,7 +154,7 @@ def read_unit(path: Path, found: Candidates) -> tuple[ScoreAttributes, dict[str,
 
 
 def _damaged(path: Path, error: Exception) -> CacheError:
-    first = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    first = first_line(error)[:300]
     return CacheError(f"{path}: this unit of scores is damaged ({first}); {_again(path)}")
 
 
@@ -223,7 +223,7 @@ def read_index(folder: Path) -> ScoreIndex:
         if index.own_hash() != index.sha256 or indented_json(index.model_dump(mode="json")) != content:
             raise ValueError("its content does not match its own SHA-256")
     except (OSError, ValueError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise CacheError(f"{path}: changed or damaged: {first}; run the same extract again") from error
     return index
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from pydantic import Field, ValidationError
 
-from dde_cache.errors import RunError
+from dde_cache.errors import RunError, first_line
 from dde_cache.manifest import write_bytes
 from dde_cache.spec import Model
 
@@ -159,6 +159,7 @@ def _read_arrays(folder: Path, name: str, fields: Sequence[str]) -> dict[str, np
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return RunError(f"{path}: expected what a study keeps of a run, but it cannot be read: {first}; delete it, and its "
-                    "neighbour of the same name, and run the study again")  # fmt: skip
+    return RunError(
+        f"{path}: expected what a study keeps of a run, but it cannot be read: {first_line(error)}; delete it, and its "
+        "neighbour of the same name, and run the study again"
+    )

@@ -13,7 +13,7 @@ from dde_cache.batches import check_labels
 from dde_cache.canonical import without_place
 from dde_cache.checkpoint import load_preprocessor, read_family, resolve
 from dde_cache.distill import TrainConfig
-from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list
+from dde_cache.errors import CacheError, InputError, TeacherError, bullet_list, first_line
 from dde_cache.passes import PassName
 from dde_cache.preprocess import Preprocessor
 from dde_cache.samples import Shard
@@ -77,8 +77,7 @@ def tower_of(cache: Cache) -> ViltConfig:
     try:
         return family_of(cache.spec).towers(cache.teacher_config)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first}") from error
+        raise CacheError(f"{cache.folder}: the teacher's configuration cannot be used: {first_line(error)}") from error
 
 
 Reader = CacheTargets | SeveralReaders

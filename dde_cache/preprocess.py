@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipProcessor, BridgeTowerProcessor, FlavaProcessor, ViltProcessor
 
-from dde_cache.errors import InputError, TeacherError
+from dde_cache.errors import InputError, TeacherError, first_line
 
 TOKENIZER = "tokenizer"
 """Kind of the processor of a teacher that reads no pictures."""
@@ -161,7 +161,7 @@ class Preprocessor:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise TeacherError(
                 f"{folder}: expected a {name} processor and tokenizer beside the model (processor_config.json, "
-                f"tokenizer.json), but they cannot be loaded: {str(error).splitlines()[0]}"
+                f"tokenizer.json), but they cannot be loaded: {first_line(error)}"
             ) from error
         return cls(processor, patch_size, text_length, side)
 

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
-from dde_cache.errors import RunError
+from dde_cache.errors import RunError, first_line
 
 PATIENCE = timedelta(hours=6)
 """How long ranks wait for each other: the first one validates alone. A rank that has died is noticed at once."""
@@ -149,7 +149,7 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise RunError(
             f"expected an answer of every rank, but one has stopped ({first}); its own message says why; go on with "
             "--resume"

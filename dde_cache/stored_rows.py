@@ -20,7 +20,7 @@ from pydantic import Field
 
 from dde_cache.arrays import table_members
 from dde_cache.blocks import Blocks
-from dde_cache.errors import CacheError
+from dde_cache.errors import CacheError, first_line
 from dde_cache.files import write_members
 from dde_cache.spec import Model, Sha256
 
@@ -145,7 +145,7 @@ class StoredRows:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception | str) -> CacheError:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = error if isinstance(error, str) else first_line(error)
         return CacheError(
             f"{self.path}: this unit of a store of embeddings is damaged ({what}); delete it and run the same "
             "`dde-cache embed` again"

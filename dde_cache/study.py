@@ -20,7 +20,7 @@ from dde_cache import __version__
 from dde_cache.batches import NO_LABEL, PairDataset, check_labels
 from dde_cache.cells import Cell, Run
 from dde_cache.distill import TrainConfig
-from dde_cache.errors import RunError, bullet_list
+from dde_cache.errors import RunError, bullet_list, first_line
 from dde_cache.evaluate import Subject, load_subject
 from dde_cache.extract import ExtractConfig, ExtractProgress, extract
 from dde_cache.fit import Progress
@@ -126,8 +126,9 @@ def read_study(out: Path) -> StudyConfig:
     try:
         return StudyConfig.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{path}: expected the settings of a study, but they cannot be read: {first}") from error
+        raise RunError(
+            f"{path}: expected the settings of a study, but they cannot be read: {first_line(error)}"
+        ) from error
 
 
 class _Clock:

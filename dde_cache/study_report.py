@@ -105,8 +105,8 @@ def _series(row: StudyRow) -> str:
         return "every key, one byte (default)"
     if row.cell.startswith("mass"):
         return "keys by mass"
-    if "tail" in row.cell:
-        return "top-4, other tails"
+    if row.cell.endswith("tail"):
+        return f"strongest keys, {row.cell.partition(', ')[2]}"
     return "strongest keys" if row.cell.startswith("top") else "every key, other codes"
 
 

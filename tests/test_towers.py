@@ -37,6 +37,7 @@ from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel, BertMo
 from dde_cache.align import Axes
 from dde_cache.attention import densify
 from dde_cache.batches import PairDataset
+from dde_cache.canonical import hash_json
 from dde_cache.distill import StudentLosses, TrainConfig, student_output
 from dde_cache.errors import InputError, RunError, TeacherError
 from dde_cache.export import export
@@ -250,6 +251,11 @@ def test_a_folder_without_processor_or_tokenizer(tmp_path):
         read_image_tower(str(tmp_path / "image"), RUN_IMAGES)
     text_model("bert").save_pretrained(tmp_path / "text")
     with pytest.raises(TeacherError, match=r"expected a tokenizer beside the text encoder"):
+        read_text_tower(str(tmp_path / "text"))
+    # The first SigLIP has SentencePiece alone, which does not know where in a text its tokens stand.
+    (tmp_path / "text" / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    (tmp_path / "text" / "spiece.model").write_bytes(b"pieces")
+    with pytest.raises(TeacherError, match=r"expected a (fast )?tokenizer .*\w"):
         read_text_tower(str(tmp_path / "text"))
     with pytest.raises(TeacherError, match="expected a checkpoint folder, a hub id"):
         read_text_tower(str(tmp_path / "nowhere" / "at" / "all"))
@@ -622,7 +628,9 @@ def test_what_is_saved(run, shards, cache):
     newest = max((run / "checkpoints").iterdir())
     assert any("attention_maps" in name for name in load_file(newest / "model.safetensors"))
     card = (run / "model" / "README.md").read_text()
-    assert cache.manifest.fingerprint in card
+    assert f"cache `{cache.manifest.fingerprint}`, manifest {cache.manifest.sha256[:16]}" in card
+    data = hash_json([(shard.name, shard.members_hash()) for shard in shards])[:16]
+    assert card.count(data) == 2, "training and validation data"
     assert cache.spec.teacher.weights[:16] in card
     assert "bert of `letters`" in card
     assert "dinov2_with_registers of `registers`" in card

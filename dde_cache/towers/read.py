@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from dde_cache.checkpoint import resolve
-from dde_cache.errors import TeacherError, bullet_list
+from dde_cache.errors import TeacherError, bullet_list, first_line
 from dde_cache.towers.hugging_face import (
     ImageShape,
     Pooling,
@@ -62,7 +62,7 @@ def read_text_tower(name: str, dropout: float = 0.0) -> TextSource:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except _UNREADABLE as error:
-        raise TeacherError(f"{name}: expected a tokenizer beside the text encoder: {_first(error)}") from error
+        raise TeacherError(f"{name}: expected a tokenizer beside the text encoder: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise TeacherError(
             f"{name}: expected a fast tokenizer (tokenizer.json) with a padding token, which knows where in a text its "
@@ -109,7 +109,7 @@ def read_image_tower(name: str, reads: Any, dropout: float = 0.0) -> ImageSource
     except _UNREADABLE as error:
         raise TeacherError(
             f"{name}: expected an image processor beside the encoder (preprocessor_config.json) with mean and std: "
-            f"{_first(error)}"
+            f"{first_line(error)}"
         ) from error
     if resample is None:
         raise TeacherError(f"{name}: expected a processor that resizes bilinearly or bicubically")
@@ -145,7 +145,7 @@ def _read_model(path: str, half: str, dropout: float) -> tuple[PreTrainedModel, 
     except _UNREADABLE as error:
         raise TeacherError(
             f"{path}: expected a folder or hub id of a Hugging Face {half} encoder (config.json, model.safetensors), "
-            f"but it cannot be read: {_first(error)}"
+            f"but it cannot be read: {first_line(error)}"
         ) from error
     tensors = [tensor.data_ptr() for tensor in found.state_dict().values() if tensor.numel()]
     if getattr(found.config, "is_encoder_decoder", False) or len(set(tensors)) < len(tensors):
@@ -248,7 +248,7 @@ def _check_order(name: str, model: PreTrainedModel, size: int) -> tuple[int, int
     except _Reached as reached:
         tokens = reached.tokens
     except _UNREADABLE as error:
-        raise TeacherError(f"{name}: expected an image encoder that reads pixel_values: {_first(error)}") from error
+        raise TeacherError(f"{name}: expected an image encoder that reads pixel_values: {first_line(error)}") from error
     finally:
         handle.remove()
     first = tokens.shape[1] - side * side
@@ -260,7 +260,3 @@ def _check_order(name: str, model: PreTrainedModel, size: int) -> tuple[int, int
             f"one token; got {tokens.shape[1]} tokens, of which three single patches change {changed}"
         )
     return first, side
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
