@@ -48,18 +48,19 @@ def list_without_pictures(source):
     return [found for found, _ in zip(source.found, range(100), strict=False)]
 
 
-def small_nlvr(folder, examples=2):
-    """A tiny folder in the official layout; the second example lacks its last picture."""
+def small_nlvr(folder, examples=2, split="dev", lacking=True):
+    """A tiny folder in the official layout; unless nothing is lacking, the second example lacks its last picture."""
     box = [{"type": "square", "x_loc": 40, "y_loc": 80, "size": 20, "color": "Yellow"}]
-    (folder / "dev" / "images" / "3").mkdir(parents=True)
+    (folder / split / "images" / "3").mkdir(parents=True)
     lines = []
     for number in range(examples):
         boxes = [box, box, box] if number else [box, [{**box[0], "type": "circle"}], box]
-        lines.append({"sentence": f"s{number}", "label": "true", "identifier": f"{number}-9", "structured_rep": boxes})
-        for permutation in range(6 - number):
-            name = f"dev-{number}-9-{permutation}.png"
-            Image.new("RGB", (40, 10), (permutation, number, 0)).save(folder / "dev" / "images" / "3" / name)
-    (folder / "dev" / "dev.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        label = "false" if number else "true"
+        lines.append({"sentence": f"s{number}", "label": label, "identifier": f"{number}-9", "structured_rep": boxes})
+        for permutation in range(6 - number * lacking):
+            name = f"{split}-{number}-9-{permutation}.png"
+            Image.new("RGB", (40, 10), (permutation, number, 0)).save(folder / split / "images" / "3" / name)
+    (folder / split / f"{split}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 

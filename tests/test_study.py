@@ -1,11 +1,13 @@
 """A study: cells and their order, its folder through kill -9 and budgets, and verdicts where the truth is known."""
 
 import json
+import shutil
 import xml.etree.ElementTree as xml
 
 import numpy as np
 import pytest
 from pipeline import Child, cli, killed_in, tree
+from test_published_sources import small_nlvr
 
 from dde_cache.cells import CELLS, DEFAULT, FAMILIES, chosen, ordered
 from dde_cache.claims import SkippedRun, study_report
@@ -23,7 +25,7 @@ from dde_cache.outcomes import (
 from dde_cache.samples import open_shards
 from dde_cache.study import extraction, open_study, read_study, run_study, training
 from dde_cache.study_report import markdown, sum_up, write_plots
-from dde_cache.testbeds import StudyConfig, part_source, study_config
+from dde_cache.testbeds import GROUPS, TEACHER, TESTBEDS, StudyConfig, part_source, study_config
 
 TINY = ("pictures=20", "test_pictures=8", "train.steps=3", "train.batch_size=8", "train.save_every=1")
 """Two cells with two seeds, three steps each."""
@@ -145,6 +147,70 @@ def test_damaged_answers_are_named(whole, tmp_path):
     (tmp_path / "results/default.1.npz").unlink()
     with pytest.raises(RunError, match=r"default\.1\.npz: missing"):
         read_outcomes(tmp_path, ["default.1"])
+
+
+OWN = (
+    *("teach.steps=3", "teach.batch_size=8", "teach.save_every=1", "teach.hidden_size=32", "teach.layers=2"),
+    *("train.steps=1", "train.batch_size=8", "pictures=6", "test_pictures=3"),
+)
+"""A teacher of the study's own, which knows nothing, and one cell."""
+
+
+def with_own_teacher(out, testbed, *settings):
+    given = [part for one in (*OWN, *settings) for part in ("--set", one)]
+    return ["study", "--out", out, "--testbed", testbed, "--cell", DEFAULT, "--seeds", 1, *given]
+
+
+def accuracy_of_teacher(out):
+    printed = done("eval", out / "teacher", out / "shards" / "test", "--json").out
+    return json.loads(printed)["overall"]["accuracy"]
+
+
+@pytest.mark.parametrize("testbed", ["sort-of-clevr", "shapes-grid10"])
+def test_a_teacher_is_trained_once(tmp_path, testbed):
+    out = tmp_path / "study"
+    done(*with_own_teacher(out, testbed))
+    report = json.loads((out / "report.json").read_text())
+    assert report["testbed"] == testbed
+    assert report["teacher"] == pytest.approx(accuracy_of_teacher(out))
+    assert report["teacher_groups"].keys() == set(GROUPS[testbed]) & (
+        {"objects"} if testbed == "shapes-grid10" else {"objects", "relations"}
+    )
+    before = tree(out / "teacher")
+    done(*with_own_teacher(out, testbed))
+    assert tree(out / "teacher") == before
+    assert json.loads((out / "report.json").read_text()) == report
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "checkpoints/00000002"), (1, "results/teacher.npz")])
+def test_killed_while_the_teacher_is_made(tmp_path, count, name):
+    expected, out = tmp_path / "whole", tmp_path / "study"
+    done(*with_own_teacher(expected, "sort-of-clevr"))
+    child = Child(*with_own_teacher(out, "sort-of-clevr"), folder=tmp_path, before=killed_in("replace", count, name))
+    assert child.wait() == -9, child.printed
+    done(*with_own_teacher(out, "sort-of-clevr"))
+    assert (out / "teacher/model.safetensors").read_bytes() == (expected / "teacher/model.safetensors").read_bytes()
+    assert answers(out) == answers(expected)
+
+
+def test_the_pictures_of_an_nlvr_example_count_as_one(tmp_path):
+    for split in ("hidden", "test"):
+        folder = small_nlvr(tmp_path / split, split=split, lacking=False)
+        shutil.make_archive(str(tmp_path / split), "tar", folder)
+    out = tmp_path / "study"
+    settings = (f"source={tmp_path}", "teach.image_size=40", "teach.patch_size=10", "train.batch_size=4")
+    done(*with_own_teacher(out, "nlvr", *settings))
+    report = json.loads((out / "report.json").read_text())
+    assert (report["questions"], report["pictures"]) == (12, 2)
+    assert report["teacher"] == pytest.approx(accuracy_of_teacher(out))
+
+
+@pytest.mark.parametrize("testbed", TESTBEDS)
+def test_every_testbed_has_settings_and_a_teacher(testbed):
+    config = study_config(None, ["source=somewhere"] if testbed == "nlvr" else [], testbed)
+    assert config.testbed == testbed
+    assert (config.teacher is None) != (config.teach is None)
+    assert config.init == (TEACHER if testbed.startswith(("shapes", "sort")) else None)
 
 
 SORTS = (
