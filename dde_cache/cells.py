@@ -64,12 +64,13 @@ def _kept(name: str, importance: int = 2, tail: str | None = None, **extract: An
     return Cell(name, "keys", importance, {} if tail is None else {"tail": tail}, extract, base=LOSSLESS)
 
 
+LABELS = "labels alone"
 LOSSLESS = "lossless"
 TOP_8 = "top-8"
 
 CELLS = (
     Cell(DEFAULT, "ablation"),
-    Cell("labels alone", "ablation", 1, LABELS_ALONE, targets="none"),
+    Cell(LABELS, "ablation", 1, LABELS_ALONE, targets="none"),
     Cell("soft labels", "ablation", 1, {"attention_weight": 0.0}),
     Cell("t2i alone", "ablation", 1, {"directions": "t2i"}),
     Cell("i2t alone", "ablation", 1, {"directions": "i2t"}),
@@ -85,7 +86,7 @@ CELLS = (
     _kept("top-4, even tail", tail="uniform", k=4),
     _kept("top-4, no tail", tail="renormalise", k=4),
     _kept("top-8, even tail", tail="uniform", k=8),
-    Cell("all labels + cache", "labels", 2, {"hard_weight": 1.0}, base="labels alone"),
+    Cell("all labels + cache", "labels", 2, {"hard_weight": 1.0}, base=LABELS),
     *_labels(0.1),
     *_labels(0.01),
     Cell("few pictures", "views", 2, pictures=FEW),

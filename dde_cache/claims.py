@@ -6,23 +6,24 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from dde_cache.cells import DEFAULT, LOSSLESS, TOP_8, Cell
+from dde_cache.cells import CELLS, DEFAULT, LABELS, LOSSLESS, TOP_8, Cell
 from dde_cache.equivalence import Difference, Requirements, Verdict, paired_difference
 from dde_cache.outcomes import Outcomes
 from dde_cache.spec import Model
 
-ClaimVerdict = Literal["established", "refuted", "not enough data"]
+ClaimVerdict = Literal["established", "refuted", "undecided", "not enough data"]
+"""Undecided: there is as much as was asked for, and it does not decide."""
 
 KEPT_SHARE = 0.99
 """Of the teacher's accuracy, which the distilled student keeps."""
 
 
 KEPT = (
-    ("", DEFAULT, "labels alone"),
+    ("", DEFAULT, LABELS),
     ("with 10% of labels, ", "10% labels + cache", "10% labels"),
     ("with 1% of labels, ", "1% labels + cache", "1% labels"),
 )
-"""Students with and without a teacher that see the same labels, few of them as far as a cache pays there."""
+"""Students with and without a teacher: without labels beside one with all; then both with the same few."""
 
 NOTHING = "no runs of both sides"
 
@@ -35,6 +36,8 @@ class StudyRow(Model):
     seeds: int
     accuracy: float
     deviation: float | None
+    lowest: float
+    highest: float
     groups: dict[str, float]
     kinds: dict[str, float]
     bytes_a_pair: float | None
@@ -61,7 +64,8 @@ class SkippedRun(Model):
 
 
 class StudyReport(Model):
-    """What `dde-cache study` prints with `--json`, and keeps as `report.json`."""
+    """What `dde-cache study` prints with `--json`, and keeps as `report.json`; `codes`: how many states of the code
+    made its runs."""
 
     testbed: str
     questions: int
@@ -72,6 +76,7 @@ class StudyReport(Model):
     rows: tuple[StudyRow, ...]
     claims: tuple[Claim, ...]
     proves_nothing: bool | None
+    codes: int = 1
     skipped: tuple[SkippedRun, ...] = ()
 
 
@@ -104,7 +109,6 @@ def _minus(one: Bool[np.ndarray, " n"], other: Bool[np.ndarray, " n"], share: fl
 
 def study_report(
     testbed: str,
-    cells: Sequence[Cell],
     outcomes: Outcomes,
     needs: Requirements,
     groups: Mapping[str, Sequence[str]],
@@ -114,7 +118,6 @@ def study_report(
 
     Args:
         testbed: its name.
-        cells: in the order of the table; those without a run are left out.
         outcomes: what is finished.
         needs: what a verdict needs.
         groups: kinds of questions by the name under which they are shown.
@@ -123,7 +126,7 @@ def study_report(
     compare = _Comparison(outcomes, needs)
     kind = outcomes.questions.kind
     shown = {name: np.isin(kind, kinds) for name, kinds in groups.items() if np.isin(kind, kinds).any()}
-    plain = compare.teacher("labels alone")
+    plain = compare.teacher(LABELS)
     return StudyReport(
         testbed=testbed,
         questions=len(outcomes.teacher),
@@ -131,10 +134,11 @@ def study_report(
         needs=needs,
         teacher=float(outcomes.teacher.mean()),
         teacher_groups={name: float(outcomes.teacher[rows].mean()) for name, rows in shown.items()},
-        rows=tuple(_row(cell, outcomes, compare, shown) for cell in cells if outcomes.results.get(cell.name)),
+        rows=tuple(_row(cell, outcomes, compare, shown) for cell in CELLS if outcomes.results.get(cell.name)),
         claims=(*_directions(compare), _cached(compare), _top_8(compare), *(_kept(compare, *pair) for pair in KEPT)),
         proves_nothing=plain.equal_low > -needs.margin if plain is not None and plain.enough(needs) else None,
         skipped=tuple(skipped),
+        codes=len({one.code for seeds in outcomes.results.values() for one in seeds.values()}),
     )
 
 
@@ -152,6 +156,8 @@ def _row(
         seeds=len(accuracy),
         accuracy=float(accuracy.mean()),
         deviation=float(accuracy.std(ddof=1)) if len(accuracy) > 1 else None,
+        lowest=float(accuracy.min()),
+        highest=float(accuracy.max()),
         groups={name: float(np.mean([answers[rows].mean() for answers in correct])) for name, rows in groups.items()},
         kinds={
             str(kind): float(np.mean([answers[outcomes.questions.kind == kind].mean() for answers in correct]))
@@ -186,15 +192,13 @@ def _better(compare: _Comparison, base: str) -> Claim:
         return Claim(claim=claim, verdict="not enough data", because=NOTHING, measured=False)
     verdict: ClaimVerdict = "not enough data"
     if difference.enough(needs):
-        verdict = (
-            "refuted" if difference.equal_high < needs.margin
-            else "established" if difference.low > 0 else verdict
-        )  # fmt: skip
+        small = difference.equal_high < needs.margin
+        verdict = "refuted" if small else "established" if difference.low > 0 else "undecided"
     return Claim(claim=claim, verdict=verdict, because=points(difference) + _short_of([difference], needs))
 
 
 def _directions(compare: _Comparison) -> tuple[Claim, ...]:
-    return tuple(_better(compare, base) for base in ("t2i alone", "i2t alone", "soft labels", "labels alone"))
+    return tuple(_better(compare, base) for base in ("t2i alone", "i2t alone", "soft labels", LABELS))
 
 
 def _same(compare: _Comparison, claim: str, cell: str, base: str) -> Claim:
@@ -205,7 +209,7 @@ def _same(compare: _Comparison, claim: str, cell: str, base: str) -> Claim:
     verdict: ClaimVerdict = "not enough data"
     if difference.enough(needs):
         apart = difference.low > needs.margin or difference.high < -needs.margin
-        verdict = "established" if difference.verdict(needs) == "equal" else "refuted" if apart else "not enough data"
+        verdict = "established" if difference.verdict(needs) == "equal" else "refuted" if apart else "undecided"
     numbers = f"{points(difference, equal=True)} at 90 %, margin {100 * needs.margin:g}"
     return Claim(claim=claim, verdict=verdict, because=numbers + _short_of([difference], needs))
 
@@ -226,9 +230,8 @@ def _kept(compare: _Comparison, labels: str, distilled: str, undistilled: str) -
         return Claim(claim=claim, verdict="not enough data", because=NOTHING, measured=False)
     verdict: ClaimVerdict = "not enough data"
     if with_teacher.enough(needs) and without.enough(needs):
-        if with_teacher.low > 0 and without.high < 0:
-            verdict = "established"
-        elif with_teacher.high < 0 or without.low > 0:
-            verdict = "refuted"
+        kept, lost = with_teacher.low > 0, without.high < 0
+        failed = with_teacher.high < 0 or without.low > 0
+        verdict = "established" if kept and lost else "refuted" if failed else "undecided"
     because = f"distilled {points(with_teacher)} from {KEPT_SHARE:.0%} of it, undistilled {points(without)}"
     return Claim(claim=claim, verdict=verdict, because=because + _short_of([with_teacher, without], needs))

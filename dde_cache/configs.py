@@ -34,26 +34,43 @@ def resolve_config(
     values: dict[str, Any] = dict(preset or {})
     if file is not None:
         values |= read_yaml(file)
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"expected --set name=value, got {assignment!r}")
-        try:
-            values[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"expected --set name=value with a value in YAML, got {assignment!r}") from error
+    values |= assigned(assignments)
     values |= {name: value for name, value in options.items() if value is not None}
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, one['loc'])) or 'together'}: {one['msg']}, got {one['input']!r}"
-            for one in error.errors()
-        ]
         known = ", ".join(model.model_fields)
         raise InputError(
-            f"the configuration has mistakes:{bullet_list(problems, 20)}\nknown fields: {known}"
+            f"the configuration has mistakes:{bullet_list(mistakes(error), 20)}\nknown fields: {known}"
         ) from error
+
+
+def assigned(assignments: Sequence[str]) -> dict[str, Any]:
+    """`name=value` with values in YAML, as a mapping.
+
+    Raises:
+        InputError: some are none; all of them are listed.
+    """
+    values, wrong = {}, []
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        try:
+            values[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not (name and equals):
+            wrong.append(repr(assignment))
+    if wrong:
+        raise InputError(f"expected --set name=value, got {', '.join(wrong)} (values are YAML)")
+    return values
+
+
+def mistakes(error: ValidationError) -> list[str]:
+    """What a model does not take, as `field: why, got value`."""
+    return [
+        f"{'.'.join(map(str, one['loc'])) or 'together'}: {one['msg']}, got {one['input']!r:.200}"
+        for one in error.errors()
+    ]
 
 
 def read_yaml(file: Path) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import computed_field
+from pydantic import Field, computed_field
 
 from dde_cache.errors import InputError
 from dde_cache.spec import Model
@@ -36,9 +36,9 @@ Verdict = Literal["equal", "different", "undecided", "not enough data"]
 class Requirements(Model):
     """What a verdict needs, fixed before anything is measured."""
 
-    margin: float = 0.01
-    seeds: int = 5
-    questions: int = 5000
+    margin: float = Field(default=0.01, gt=0, lt=1, allow_inf_nan=False)
+    seeds: int = Field(default=5, ge=2, description="one seed says nothing of others")
+    questions: int = Field(default=5000, ge=1)
 
 
 class Difference(Model):

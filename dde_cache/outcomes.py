@@ -19,7 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 from pydantic import Field, ValidationError
 
-from dde_cache.errors import RunError, first_line
+from dde_cache.cells import CELLS, Run
+from dde_cache.configs import mistakes
+from dde_cache.errors import RunError, bullet_list, first_line
 from dde_cache.manifest import write_bytes
 from dde_cache.spec import Model
 
@@ -41,6 +43,7 @@ class StudyResult(Model):
     wall_seconds: float = Field(description="of training and testing, in this call")
     threads: int
     version: str
+    code: str | None = Field(default=None, description="SHA-256 of the package's files")
     settings: dict[str, Any] = Field(description="of its training, in full")
 
 
@@ -78,15 +81,27 @@ def write_result(folder: Path, name: str, result: StudyResult) -> None:
     write_bytes(folder / RESULTS / f"{name}.json", (result.model_dump_json(indent=1) + "\n").encode())
 
 
-def finished(folder: Path, name: str) -> bool:
+def finished(folder: Path, run: Run) -> bool:
     """Whether a run is finished."""
-    return (folder / RESULTS / f"{name}.json").is_file()
+    return all((folder / RESULTS / f"{run.name}{suffix}").is_file() for suffix in (".json", ".npz"))
 
 
-def finished_seeds(folder: Path) -> int:
-    """How many seeds the runs of a study go to that are finished, at least 1."""
-    names = [path.stem.rpartition(".")[2] for path in (folder / RESULTS).glob("*.json")]
-    return max((int(name) + 1 for name in names if name.isdecimal()), default=1)
+def finished_runs(folder: Path) -> list[Run]:
+    """The runs of a study that are finished, by cell and seed.
+
+    Raises:
+        RunError: there are results of cells that this version does not know.
+    """
+    cells = {Run(cell, 0).name.removesuffix(".0"): cell for cell in CELLS}
+    places = [path.name.removesuffix(".json").rpartition(".") for path in (folder / RESULTS).glob("*.json")]
+    unknown = sorted(f"{name}.{seed}" for name, _, seed in places if name not in cells or not seed.isdecimal())
+    if unknown:
+        raise RunError(
+            f"{folder / RESULTS}: expected results of cells that this version knows, got others:{bullet_list(unknown)}"
+            "\nput them elsewhere"
+        )
+    runs = [Run(cells[name], int(seed)) for name, _, seed in places]
+    return sorted((run for run in runs if finished(folder, run)), key=lambda run: (CELLS.index(run.cell), run.seed))
 
 
 def has_answers(folder: Path, name: str) -> bool:
@@ -94,40 +109,45 @@ def has_answers(folder: Path, name: str) -> bool:
     return (folder / RESULTS / f"{name}.npz").is_file()
 
 
-def read_result(folder: Path, name: str) -> StudyResult:
+def read_result(folder: Path, run: Run) -> StudyResult:
     """The figures of a finished run.
 
     Raises:
-        RunError: the file cannot be read.
+        RunError: the file cannot be read, or is another run's.
     """
-    path = folder / RESULTS / f"{name}.json"
+    path = folder / RESULTS / f"{run.name}.json"
     try:
-        return StudyResult.model_validate_json(path.read_bytes())
+        result = StudyResult.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise _damaged(path, error) from error
+    if (result.cell, result.seed) != (run.cell.name, run.seed):
+        raise _damaged(path, ValueError(f"it is of {result.cell}, seed {result.seed}"))
+    return result
 
 
-def read_outcomes(folder: Path, names: Sequence[str]) -> Outcomes:
-    """What is finished of some runs.
-
-    Args:
-        folder: of the study.
-        names: of the runs; those without a result are left out.
+def read_outcomes(folder: Path) -> Outcomes:
+    """What is finished of a study.
 
     Raises:
         RunError: the questions or the teacher's answers are missing, or a file cannot be read.
     """
     asked = _read_arrays(folder, QUESTIONS, ("picture", "kind"))
     questions = Questions(asked["picture"], asked["kind"])
+    if len(questions.picture) != len(questions.kind):
+        raise _damaged(folder / RESULTS / f"{QUESTIONS}.npz", ValueError("pictures and kinds of other numbers"))
     teacher = _read_correct(folder, TEACHER_ANSWERS, len(questions.picture))
     results: dict[str, dict[int, StudyResult]] = {}
     correct: dict[str, dict[int, np.ndarray]] = {}
-    for name in names:
-        if finished(folder, name):
-            result = read_result(folder, name)
-            results.setdefault(result.cell, {})[result.seed] = result
-            answers = _read_correct(folder, name, len(questions.picture))
-            correct.setdefault(result.cell, {})[result.seed] = answers
+    for run in finished_runs(folder):
+        result = read_result(folder, run)
+        answers = _read_correct(folder, run.name, len(questions.picture))
+        if abs(result.accuracy - answers.mean()) > 1e-9:
+            path = folder / RESULTS / f"{run.name}.npz"
+            raise _damaged(
+                path, ValueError(f"an accuracy of {answers.mean():.4f}, in its neighbour {result.accuracy:.4f}")
+            )
+        results.setdefault(result.cell, {})[result.seed] = result
+        correct.setdefault(result.cell, {})[result.seed] = answers
     return Outcomes(questions, teacher, results, correct)
 
 
@@ -159,7 +179,8 @@ def _read_arrays(folder: Path, name: str, fields: Sequence[str]) -> dict[str, np
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
+    why = mistakes(error)[0] if isinstance(error, ValidationError) else first_line(error)
     return RunError(
-        f"{path}: expected what a study keeps of a run, but it cannot be read: {first_line(error)}; delete it, and its "
+        f"{path}: expected what a study keeps of a run, but it cannot be read: {why}; delete it, and its "
         "neighbour of the same name, and run the study again"
     )

@@ -6,26 +6,23 @@ was cut short goes on from its checkpoint. Several calls may work on one folder:
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
-from dde_cache import __version__
+import dde_cache
 from dde_cache.batches import NO_LABEL, PairDataset, check_labels
 from dde_cache.cells import Cell, Run
-from dde_cache.distill import TrainConfig
-from dde_cache.errors import RunError, bullet_list, first_line
+from dde_cache.claims import SkippedRun
 from dde_cache.evaluate import Subject, load_subject
 from dde_cache.extract import ExtractConfig, ExtractProgress, extract
 from dde_cache.fit import Progress
 from dde_cache.importers.common import Source, import_samples
-from dde_cache.manifest import write_bytes
+from dde_cache.manifest import MANIFEST, write_bytes
 from dde_cache.outcomes import (
     QUESTIONS,
     TEACHER_ANSWERS,
@@ -46,29 +43,20 @@ from dde_cache.sources import CachedTargets, OnlineTargets, Targets
 from dde_cache.spec import hash_json
 from dde_cache.store import Cache
 from dde_cache.stream import PairTable
+from dde_cache.study_folder import check_results, extraction, hash_code, open_study, training
 from dde_cache.teach import train_teacher
 from dde_cache.teacher import FusionTeacher
 from dde_cache.testbeds import TEACHER, StudyConfig, part_source, source_of
 from dde_cache.train import train
 
-CONFIG = "study.yaml"
-
 Stage = Callable[[str, int], Callable[[int], None]]
 """Takes a stage's name and its number of steps; returns what is called with the steps done so far."""
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A run that was not made, and why."""
-
-    run: Run
-    why: str
-
-
 def run_study(
     out: Path, config: StudyConfig, runs: Sequence[Run], stage: Stage, *, budget: float | None = None
-) -> tuple[Skipped, ...]:
-    """Make the runs that are not finished yet, in their order.
+) -> tuple[SkippedRun, ...]:
+    """Make the runs that are not finished yet, in their order; return those that were not made.
 
     Args:
         out: folder of the study; new, empty, or begun with the same settings.
@@ -78,57 +66,23 @@ def run_study(
         budget: minutes; a run that would probably not end in them is skipped, unless nothing is known of it.
 
     Raises:
-        RunError: the folder holds another study.
+        RunError: the folder holds another study, or runs of other settings.
         InputError, TeacherError, CacheError: see the parts.
         KeyboardInterrupt: after Ctrl-C; what is finished is kept.
     """
     clock = _Clock(out, time.monotonic() + budget * 60 if budget is not None else None)
     open_study(out, config)
+    check_results(out, config)
     place = _Place(out, config, stage)
     place.prepare()
-    skipped = []
-    for run in [one for one in runs if not finished(out, one.name)]:
+    skipped = {}
+    for run in [one for one in runs if not finished(out, one)]:
         why = place.make(run) if clock.fits(run, runs) else "budget"
-        skipped += [Skipped(run, why)] if why else []
-    return tuple(one for one in skipped if not finished(out, one.run.name))
-
-
-def open_study(out: Path, config: StudyConfig) -> None:
-    """Begin a study's folder, or check that it was begun with these settings.
-
-    Raises:
-        RunError: it holds something else.
-    """
-    path = out / CONFIG
-    values = config.model_dump(mode="json")
-    if not path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out}: expected a new or empty folder, or a study; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, yaml.safe_dump(values, sort_keys=False).encode())
-        return
-    begun = read_study(out).model_dump(mode="json")
-    wrong = [f"{name}: begun with {begun[name]}, now {value}" for name, value in values.items() if begun[name] != value]
-    if wrong:
-        raise RunError(
-            f"{out}: expected the settings that this study was begun with:{bullet_list(wrong, 20)}\nleave the settings "
-            f"out (those in {path} hold), or choose another --out"
-        )
-
-
-def read_study(out: Path) -> StudyConfig:
-    """The settings of a study that was begun.
-
-    Raises:
-        RunError: there is none, or its settings cannot be read.
-    """
-    path = out / CONFIG
-    try:
-        return StudyConfig.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(
-            f"{path}: expected the settings of a study, but they cannot be read: {first_line(error)}"
-        ) from error
+        if why is not None:
+            skipped[run.name] = run, why
+    # Another call may have made some meanwhile.
+    left = [(run, why) for run, why in skipped.values() if not finished(out, run)]
+    return tuple(SkippedRun(cell=run.cell.name, seed=run.seed, why=why) for run, why in left)
 
 
 class _Clock:
@@ -142,7 +96,7 @@ class _Clock:
         if self._deadline is None:
             return True
         left = self._deadline - time.monotonic()
-        known = [read_result(self._out, one.name) for one in runs if finished(self._out, one.name)]
+        known = [read_result(self._out, one) for one in runs if finished(self._out, one)]
         same = [one.wall_seconds for one in known if one.cell == run.cell.name]
         some = same or [one.wall_seconds for one in known]
         return left > (sum(some) / len(some) if some else 0.0)
@@ -161,6 +115,21 @@ class _Place:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Make something that another call may be making: then it is waited for, and said so."""
+        lock = self.lock(name)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waited = self._stage(f"wait for another call ({name})", 1)
+            lock.acquire()
+            waited(1)
+        try:
+            yield
+        finally:
+            lock.release()
+
     @property
     def teacher(self) -> str:
         """The teacher's name or folder."""
@@ -169,7 +138,7 @@ class _Place:
     def prepare(self) -> None:
         """Shards, teacher, and what the teacher answers; each is made once."""
         config, out = self._config, self.out
-        with self.lock("prepare"):
+        with self.alone("prepare"):
             shards = self._shards("train", lambda: source_of(config, "train"))
             test = self._shards("test", lambda: source_of(config, "test"))
             if config.teach is not None and not (out / "teacher" / "README.md").is_file():
@@ -199,7 +168,7 @@ class _Place:
             return "fewer pairs than a batch"
         try:
             with self.lock(run.name).acquire(blocking=False):
-                if not finished(self.out, run.name):
+                if not finished(self.out, run):
                     self._make(run, shards)
         except Timeout:
             return "another call has it"
@@ -240,7 +209,8 @@ class _Place:
             seconds=record.seconds,
             wall_seconds=round(time.perf_counter() - begin, 3),
             threads=torch.get_num_threads(),
-            version=__version__,
+            version=dde_cache.__version__,
+            code=hash_code(),
             settings=settings.model_dump(mode="json"),
         )
         write_correct(self.out, run.name, correct)
@@ -264,7 +234,7 @@ class _Place:
             return whole
         shares = [f"{share:g}" if share is not None else "all" for share in (cell.pictures, cell.labelled)]
         name = f"pictures-{shares[0]}-labels-{shares[1]}{'' if bare else '-alone'}".replace(".", "-")
-        with self.lock(name):
+        with self.alone(name):
             return self._shards(name, lambda: part_source(whole, cell.pictures, cell.labelled, bare=bare))
 
     def _watched(self, shards: Sequence[Shard], cell: Cell, config: ExtractConfig) -> ExtractProgress:
@@ -291,25 +261,12 @@ class _Place:
         part = "" if cell.pictures is None else f"{cell.pictures:g} "
         name = hash_json(f"{part}{config.model_dump_json(exclude={'batch_size', 'workers', 'device'})}")[:16]
         folder = self.out / "caches" / name
-        with self.lock(f"cache-{name}"):
+        with self.alone(f"cache-{name}"):
             done = self.out / "caches" / f"{name}.json"
-            if not done.is_file():
+            if not (done.is_file() and (folder / MANIFEST).is_file()):
                 found = extract(shards, self.teacher, folder, config, self._watched(shards, cell, config))
                 write_bytes(done, (found.model_dump_json(indent=1) + "\n").encode())
         return CachedTargets(Cache(folder))
-
-
-def training(base: TrainConfig, cell: Cell, seed: int) -> TrainConfig:
-    """The training settings of a cell with a seed."""
-    return TrainConfig.model_validate(base.model_dump() | dict(cell.train) | {"seed": seed})
-
-
-def extraction(base: ExtractConfig, cell: Cell) -> ExtractConfig:
-    """The extraction settings of a cell: what follows from the codec follows from the cell's, where it names one."""
-    changes: dict[str, Any] = dict(cell.extract)
-    codec = {"k", "mass", "weights", "steps"}
-    given = base.model_dump(exclude=codec if codec & changes.keys() else set())
-    return ExtractConfig.model_validate(given | changes)
 
 
 def _has_checkpoint(run: Path) -> bool:

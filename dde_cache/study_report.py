@@ -1,33 +1,48 @@
 """A study's table as Markdown, and its files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dde_cache.cells import CELLS, DEFAULT, FAMILIES, Cell, Run
+from dde_cache.cells import CELLS, DEFAULT, FAMILIES, LABELS, Cell
 from dde_cache.claims import SkippedRun, StudyReport, StudyRow, points, study_report
 from dde_cache.figures import Point, scatter_svg
 from dde_cache.manifest import write_bytes
 from dde_cache.outcomes import read_outcomes
-from dde_cache.study import Skipped
+from dde_cache.study_folder import check_results
 from dde_cache.testbeds import GROUPS, StudyConfig
 
 REPORT, TABLE = "report.json", "report.md"
 
 
-def sum_up(
-    out: Path, config: StudyConfig, cells: Sequence[Cell], runs: Sequence[Run], skipped: Sequence[Skipped] = ()
-) -> StudyReport:
-    """Read what is finished in a study's folder, and write `report.json` and `report.md` beside it.
+def sum_up(out: Path, config: StudyConfig, skipped: Sequence[SkippedRun] = ()) -> StudyReport:
+    """Read everything that is finished in a study's folder, and write `report.json` and `report.md` beside it.
+
+    Args:
+        out: folder of the study.
+        config: its settings.
+        skipped: runs that were not made, and why.
 
     Raises:
-        RunError: nothing was tested yet, or a file cannot be read.
+        RunError: nothing was tested yet, a file cannot be read, or a run was made with other settings.
     """
-    outcomes = read_outcomes(out, [run.name for run in runs])
-    left = [SkippedRun(cell=one.run.cell.name, seed=one.run.seed, why=one.why) for one in skipped]
-    report = study_report(config.testbed, cells, outcomes, config.needs, GROUPS.get(config.testbed, {}), left)
+    check_results(out, config)
+    report = study_report(config.testbed, read_outcomes(out), config.needs, GROUPS.get(config.testbed, {}), skipped)
     write_bytes(out / REPORT, (report.model_dump_json(indent=1) + "\n").encode())
     write_bytes(out / TABLE, ("\n".join(markdown(report)) + "\n").encode())
     return report
+
+
+def placed(rows: Sequence[StudyRow]) -> list[tuple[int, StudyRow]]:
+    """Rows with their depth, each below the one that it is compared with, where that is there."""
+    names = {row.cell for row in rows}
+
+    def below(base: str | None, depth: int) -> Iterator[tuple[int, StudyRow]]:
+        for row in rows:
+            if base == (row.base if row.base in names - {row.cell} else None):
+                yield depth, row
+                yield from below(row.cell, depth + 1)
+
+    return list(below(None, 0))
 
 
 def markdown(report: StudyReport) -> list[str]:
@@ -37,15 +52,20 @@ def markdown(report: StudyReport) -> list[str]:
         f"{report.questions:,} test questions about {report.pictures:,} pictures. Differences in points, paired by "
         "seed, with the interval of 95 % (bootstrap over seeds and pictures) and the smallest that could be seen.",
         "",
-        f"| cell | seeds | accuracy | {''.join(f'{name} | ' for name in groups)}bytes a pair | difference | seen from "
-        "| to | |",
-        "|---" * (8 + len(groups)) + "|",
-        f"| teacher | | {report.teacher:.3f} | "
+        f"| cell | seeds | accuracy | of single seeds | {''.join(f'{name} | ' for name in groups)}bytes a pair "
+        "| difference | seen from | to | |",
+        "|---" * (9 + len(groups)) + "|",
+        f"| teacher | | {report.teacher:.3f} | | "
         + "".join(f"{value:.3f} | " for value in report.teacher_groups.values())
         + "| | | | |",
     ]
     for family in FAMILIES:
         lines += [_line(row) for row in report.rows if row.family == family]
+    if report.codes > 1:
+        lines += [
+            "",
+            f"**Made by {report.codes} states of the code**: where it changed, seeds differ by more than chance.",
+        ]
     if report.proves_nothing:
         lines += ["", "**This set proves nothing**: a plain dual encoder is as good as the teacher on it."]
     lines += ["", "| claim | verdict | numbers |", "|---|---|---|"]
@@ -59,13 +79,18 @@ def _line(row: StudyRow) -> str:
     spread = "" if row.deviation is None else f" ± {row.deviation:.3f}"
     groups = "".join(f"{value:.3f} | " for value in row.groups.values())
     size = "" if row.bytes_a_pair is None else f"{row.bytes_a_pair:,.0f}"
+    span = f"{row.lowest:.3f} to {row.highest:.3f}" if row.seeds > 1 else ""
     change, seen, base, verdict = "", "", "", ""
     if row.difference is not None:
         change, base, verdict = points(row.difference), row.base, str(row.verdict)
         seen = f"{100 * row.difference.visible:.1f}"
-    begin = f"| {row.cell} | {row.seeds} | {row.accuracy:.3f}{spread} | {groups}{size} | "
+        if row.difference.seeds < row.seeds:
+            base += f", {row.difference.seeds} of these seeds"
+    begin = f"| {row.cell} | {row.seeds} | {row.accuracy:.3f}{spread} | {span} | {groups}{size} | "
     return begin + f"{change} | {seen} | {base} | {verdict} |"
 
+
+TAILS = {"uniform": "even tail", "renormalise": "no tail"}
 
 PLOTS = {"accuracy-bytes.svg": "keys", "accuracy-labels.svg": "labels"}
 """Files of plots, by the family that they show."""
@@ -93,41 +118,45 @@ def write_plots(out: Path, report: StudyReport) -> tuple[str, ...]:
 
 def _bytes_points(report: StudyReport) -> list[Point]:
     rows = [row for row in report.rows if (row.family == "keys" or row.cell == DEFAULT) and row.bytes_a_pair]
-    names = {DEFAULT: "sqrt8"}
+    cells, names = {cell.name: cell for cell in CELLS}, {DEFAULT: "sqrt8"}
     return [
-        Point(names.get(row.cell, row.cell), _series(row), row.bytes_a_pair or 0.0, row.accuracy, row.deviation)
+        Point(
+            names.get(row.cell, row.cell),
+            _series(cells[row.cell]),
+            row.bytes_a_pair or 0.0,
+            row.accuracy,
+            row.deviation,
+        )
         for row in rows
     ]
 
 
-def _series(row: StudyRow) -> str:
-    if row.cell == DEFAULT:
+def _series(cell: Cell) -> str:
+    if cell.name == DEFAULT:
         return "every key, one byte (default)"
-    if row.cell.startswith("mass"):
+    if "mass" in cell.extract:
         return "keys by mass"
-    if row.cell.endswith("tail"):
-        return f"strongest keys, {row.cell.partition(', ')[2]}"
-    return "strongest keys" if row.cell.startswith("top") else "every key, other codes"
+    if cell.extract.get("k") is None:
+        return "every key, other codes"
+    tail = cell.train.get("tail")
+    return "strongest keys" if tail is None else f"strongest keys, {TAILS[tail]}"
 
 
 def _label_points(report: StudyReport) -> list[Point]:
-    shares = {cell.name: 100 * (cell.labelled or 1.0) for cell in CELLS if cell.family == "labels"}
-    shares["labels alone"] = 100.0
-    return (
-        [
-            Point(
-                "",
-                "labels + cache of all" if "cache" in row.cell else "labels alone",
-                shares[row.cell],
-                row.accuracy,
-                row.deviation,
-            )
-            for row in report.rows
-            if row.cell in shares
-        ]
-        if any(row.family == "labels" for row in report.rows)
-        else []
-    )
+    cells = {cell.name: cell for cell in CELLS if cell.family == "labels" or cell.name == LABELS}
+    if not any(row.family == "labels" for row in report.rows):
+        return []
+    return [
+        Point(
+            "",
+            LABELS if cells[row.cell].targets == "none" else "labels + cache of all",
+            100 * (cells[row.cell].labelled or 1.0),
+            row.accuracy,
+            row.deviation,
+        )
+        for row in report.rows
+        if row.cell in cells
+    ]
 
 
 def skipped_line(report: StudyReport) -> str:

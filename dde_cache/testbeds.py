@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from dde_cache.configs import read_yaml, resolve_config
+from dde_cache.configs import assigned, read_yaml, resolve_config
 from dde_cache.distill import TrainConfig
 from dde_cache.equivalence import Requirements
 from dde_cache.errors import InputError
@@ -112,33 +111,15 @@ def study_config(file: Path | None = None, assignments: Sequence[str] = (), test
     Raises:
         InputError: there is no such testbed, or settings are unknown or out of range; all of them are listed.
     """
-    given = _nested(resolve_assignments(assignments))
+    given = _nested(assigned(assignments))
     values = dict(read_yaml(file)) if file is not None else {}
     values = _merged(values, given)
     name = testbed or values.get("testbed", "shapes")
-    if name not in TESTBEDS:
+    if not isinstance(name, str) or name not in TESTBEDS:
         raise InputError(f"expected a testbed of {', '.join(TESTBEDS)}, got {name!r}")
     if testbed is not None and values.get("testbed", testbed) != testbed:
         raise InputError(f"expected one testbed, got {testbed} and {values['testbed']}")
     return resolve_config(StudyConfig, preset=_merged(_merged(TESTBEDS[name], values), {"testbed": name}))
-
-
-def resolve_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """`name=value` with values in YAML, as a mapping.
-
-    Raises:
-        InputError: one is none.
-    """
-    values = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        try:
-            values[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"expected --set name=value with a value in YAML, got {assignment!r}") from error
-        if not equals:
-            raise InputError(f"expected --set name=value, got {assignment!r}")
-    return values
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ ORDER = (
     "inference", "ranking", "train", "pretrain", "evaluate", "seen", "beside", "gallery", "figures", "compare", "sheet",
     "doctor", "mine", "pictures", "questions", "stored_rows", "embeddings", "embed", "predict", "search", "index",
     "indexing", "graphs",
-    "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study", "study_report",
+    "export", "demo", "equivalence", "cells", "testbeds", "outcomes", "claims", "study_folder",
+    "study", "study_report",
 )  # fmt: skip
 """Imports go up this list only (down the layout of the design). The package itself is below all."""
 
