@@ -30,14 +30,14 @@ TEACHER = "teacher"
 
 
 class StudyConfig(Model):
-    """What every cell of a study shares. Sizes of pictures count for testbeds that are generated."""
+    """What every cell of a study shares."""
 
     testbed: Testbed = "shapes"
     source: str | None = Field(default=None, description="nlvr: folder with hidden.tar and test.tar")
-    pictures: int = Field(default=6000, ge=1, description="for training")
-    test_pictures: int = Field(default=1000, ge=1)
-    data_seed: int = Field(default=0, ge=0)
-    kinds: tuple[str, ...] | None = Field(default=None, description="of the questions of shapes; null: all")
+    pictures: int | None = Field(default=None, ge=1, description="generated testbeds: for training")
+    test_pictures: int | None = Field(default=None, ge=1, description="generated testbeds")
+    data_seed: int | None = Field(default=None, ge=0, description="generated testbeds; null: 0")
+    kinds: tuple[str, ...] | None = Field(default=None, description="shapes: of the questions; null: all")
     teacher: str | None = Field(default=SAMPLE_TEACHER, description="folder or hub id; null: `teach` makes one")
     teach: TeachConfig | None = Field(default=None, description="how a teacher is trained, once")
     teach_init: str | None = Field(default=None, description="checkpoint that it starts from; null: random weights")
@@ -50,17 +50,42 @@ class StudyConfig(Model):
     def _check_teacher(self) -> "StudyConfig":
         if (self.teacher is None) == (self.teach is None):
             raise ValueError("expected either a teacher, or how to train one (teach)")
-        if self.testbed == "nlvr" and self.source is None:
-            raise ValueError("testbed nlvr needs source, the folder with hidden.tar and test.tar")
         return self
 
+    @model_validator(mode="after")
+    def _check_pictures(self) -> "StudyConfig":
+        given = {name for name in (*_GENERATED, "kinds", "source") if getattr(self, name) is not None}
+        wants = _WANTS[self.testbed]
+        idle, lacking = sorted(given - {*wants, *_MAY[self.testbed]}), sorted({*wants} - given)
+        if idle:
+            raise ValueError(f"testbed {self.testbed} has no {', '.join(idle)}; leave them out")
+        if lacking:
+            raise ValueError(f"testbed {self.testbed} needs {', '.join(lacking)}")
+        return self
+
+
+_GENERATED = ("pictures", "test_pictures", "data_seed")
+
+_WANTS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("shapes", "shapes-grid10", "sort-of-clevr"), ("pictures", "test_pictures")),
+    **{"easy-vqa": (), "nlvr": ("source",)},
+}
+_MAY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("shapes", "shapes-grid10"), ("data_seed", "kinds")),
+    **{"sort-of-clevr": ("data_seed",), "easy-vqa": (), "nlvr": ()},
+}
 
 _SHORT = {"workers": 0, "warmup": 0.1, "precision": "bf16"}
 
 TESTBEDS: Mapping[str, Mapping[str, Any]] = {
-    "shapes": {"train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0}},
+    "shapes": {
+        "pictures": 6000,
+        "test_pictures": 1000,
+        "train": {**_SHORT, "steps": 1200, "batch_size": 32, "learning_rate": 3e-4, "attention_weight": 10.0},
+    },
     "shapes-grid10": {
         "pictures": 3000,
+        "test_pictures": 1000,
         "kinds": ("exists",),
         "teacher": None,
         "teach_init": SAMPLE_TEACHER,
@@ -68,6 +93,7 @@ TESTBEDS: Mapping[str, Mapping[str, Any]] = {
         "train": {**_SHORT, "steps": 600, "batch_size": 32, "learning_rate": 5e-4, "attention_weight": 10.0},
     },
     "sort-of-clevr": {
+        "pictures": 6000,
         "test_pictures": 300,
         "teacher": None,
         "teach": {
@@ -151,10 +177,10 @@ def source_of(config: StudyConfig, split: Literal["train", "test"]) -> Source:
     if config.testbed == "nlvr":
         name = {"train": "hidden", "test": "test"}[split]
         return nlvr_source(name, Path(str(config.source)) / f"{name}.tar")
-    count = config.pictures if split == "train" else config.test_pictures
+    count, seed = (config.pictures if split == "train" else config.test_pictures) or 0, config.data_seed or 0
     if config.testbed == "sort-of-clevr":
-        return sort_of_clevr_source(split, count, seed=config.data_seed)
-    options: dict[str, Any] = {"seed": config.data_seed, "grid": 10 if config.testbed == "shapes-grid10" else 3}
+        return sort_of_clevr_source(split, count, seed=seed)
+    options: dict[str, Any] = {"seed": seed, "grid": 10 if config.testbed == "shapes-grid10" else 3}
     if config.kinds is not None:
         options["kinds"] = config.kinds
     return shapes_source(split, count, **options)

@@ -26,7 +26,7 @@ from dde_cache.samples import open_shards
 from dde_cache.study import run_study
 from dde_cache.study_folder import extraction, open_study, read_study, training
 from dde_cache.study_report import markdown, placed, sum_up, write_plots
-from dde_cache.testbeds import GROUPS, TEACHER, TESTBEDS, StudyConfig, part_source, study_config
+from dde_cache.testbeds import GROUPS, TEACHER, TESTBEDS, part_source, study_config
 
 TINY = ("pictures=20", "test_pictures=8", "train.steps=3", "train.batch_size=8", "train.save_every=1")
 """Two cells with two seeds, three steps each."""
@@ -199,13 +199,14 @@ def test_runs_of_other_code_are_told(copied):
 
 OWN = (
     *("teach.steps=3", "teach.batch_size=8", "teach.save_every=1", "teach.hidden_size=32", "teach.layers=2"),
-    *("train.steps=1", "train.batch_size=8", "pictures=6", "test_pictures=3"),
+    *("train.steps=1", "train.batch_size=8"),
 )
 """A teacher of the study's own, which knows nothing, and one cell."""
 
 
 def with_own_teacher(out, testbed, *settings):
-    given = [part for one in (*OWN, *settings) for part in ("--set", one)]
+    pictures = () if testbed == "nlvr" else ("pictures=6", "test_pictures=3")
+    given = [part for one in (*OWN, *pictures, *settings) for part in ("--set", one)]
     return ["study", "--out", out, "--testbed", testbed, "--cell", DEFAULT, "--seeds", 1, *given]
 
 
@@ -357,7 +358,7 @@ def test_what_claims_need_comes_first_and_seeds_go_together():
 
 
 def test_settings_of_a_cell_change_what_it_names_and_nothing_else():
-    config = StudyConfig()
+    config = study_config()
     for cell in CELLS:
         before, after = config.train.model_dump(), training(config.train, cell, 7).model_dump()
         changed = {name for name in before if before[name] != after[name]}
@@ -381,6 +382,10 @@ def test_settings_come_from_the_testbed_the_file_and_assignments(tmp_path):
         study_config(None, ["train.steps=0", "train.colour=red"])
     with pytest.raises(InputError, match="needs source"):
         study_config(testbed="nlvr")
+    with pytest.raises(InputError, match="testbed easy-vqa has no kinds, pictures; leave them out"):
+        study_config(None, ["pictures=3", "kinds=[row]"], "easy-vqa")
+    with pytest.raises(InputError, match="testbed shapes has no source"):
+        study_config(None, ["source=folder"])
     with pytest.raises(InputError, match="either a teacher"):
         study_config(None, ["teacher=null"])
     with pytest.raises(InputError, match="name=value"):
