@@ -60,13 +60,14 @@ def _labels(share: float) -> tuple[Cell, Cell]:
     )
 
 
-def _kept(name: str, importance: int = 2, tail: str | None = None, **extract: Any) -> Cell:
-    return Cell(name, "keys", importance, {} if tail is None else {"tail": tail}, extract, base=LOSSLESS)
+def _kept(name: str, importance: int = 2, tail: str = "bucket", **extract: Any) -> Cell:
+    return Cell(name, "keys", importance, {"tail": tail}, extract, base=LOSSLESS)
 
 
 LABELS = "labels alone"
 LOSSLESS = "lossless"
 TOP_8 = "top-8"
+TOP_8_EVEN = "top-8, even tail"
 
 CELLS = (
     Cell(DEFAULT, "ablation"),
@@ -77,6 +78,7 @@ CELLS = (
     Cell("online teacher", "online", 1, targets="online"),
     Cell(LOSSLESS, "keys", 1, extract={"weights": "float32", "k": None}),
     _kept(TOP_8, 1, k=8),
+    _kept(TOP_8_EVEN, 1, tail="uniform", k=8),
     Cell("whole attention", "ablation", 2, {"attention": "whole"}, {"targets": ("cross", "whole")}),
     Cell("hidden states", "ablation", 2, HIDDEN_ALONE, {"targets": ("cross", "hidden")}),
     *(_kept(f"top-{k}", k=k) for k in (1, 2, 4, 16)),
@@ -85,7 +87,6 @@ CELLS = (
     _kept("mass 0.98", mass=0.98, k=32),
     _kept("top-4, even tail", tail="uniform", k=4),
     _kept("top-4, no tail", tail="renormalise", k=4),
-    _kept("top-8, even tail", tail="uniform", k=8),
     Cell("all labels + cache", "labels", 2, {"hard_weight": 1.0}, base=LABELS),
     *_labels(0.1),
     *_labels(0.01),

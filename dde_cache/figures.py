@@ -38,13 +38,14 @@ class Pen:
 
 @dataclass(frozen=True)
 class Point:
-    """A named point of a scatter chart, with a deviation up and down where there is one, and the series it is of."""
+    """A named point of a scatter chart, the series that it is of, and the ends of its bar."""
 
     name: str
     series: str
     x: float
     y: float
-    deviation: float | None = None
+    low: float
+    high: float
 
 
 def _draw(draw: Callable[[Pen], None], size: tuple[float, float], dark: bool) -> str:
@@ -176,7 +177,7 @@ def histogram(counts: Mapping[str, Sequence[int]], title: str, across: str) -> s
 
 
 def scatter_svg(points: Sequence[Point], title: str, across: str, up: str) -> bytes:
-    """An SVG file of named points over a logarithmic axis, with deviations as bars.
+    """An SVG file of named points over a logarithmic axis, with bars.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -190,7 +191,7 @@ def scatter_svg(points: Sequence[Point], title: str, across: str, up: str) -> by
             pen.axes.errorbar(
                 [point.x for point in some],
                 [point.y for point in some],
-                yerr=[point.deviation or 0.0 for point in some],
+                yerr=[[point.y - point.low for point in some], [point.high - point.y for point in some]],
                 color=pen.colours[number % len(pen.colours)],
                 linestyle=_DASHES[number % len(_DASHES)] if len(some) > 1 else "",
                 marker="osD^vP"[number % 6],
@@ -200,8 +201,16 @@ def scatter_svg(points: Sequence[Point], title: str, across: str, up: str) -> by
                 label=series,
             )
         for number, point in enumerate(sorted(points, key=lambda point: point.x)):
-            place = (4, 5) if number % 2 else (4, -11)
-            pen.axes.annotate(point.name, (point.x, point.y), xytext=place, textcoords="offset points", fontsize=7)
+            # Neighbours have their names on four sides.
+            beside, side = ((4, "left"), (-4, "right"))[number // 2 % 2]
+            pen.axes.annotate(
+                point.name,
+                (point.x, point.y),
+                xytext=(beside, 5 if number % 2 else -11),
+                textcoords="offset points",
+                ha=side,
+                fontsize=7,
+            )
         pen.axes.set_xscale("log")
         # Plain numbers: the usual powers of ten are formulas, which these charts do not read.
         pen.axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

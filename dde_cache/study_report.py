@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dde_cache.cells import CELLS, DEFAULT, FAMILIES, LABELS, Cell
+from dde_cache.cells import CELLS, DEFAULT, FAMILIES, LABELS, LOSSLESS, Cell
 from dde_cache.claims import SkippedRun, StudyReport, StudyRow, points, study_report
 from dde_cache.figures import Point, scatter_svg
 from dde_cache.manifest import write_bytes
@@ -90,14 +90,12 @@ def _line(row: StudyRow) -> str:
     return begin + f"{change} | {seen} | {base} | {verdict} |"
 
 
-TAILS = {"uniform": "even tail", "renormalise": "no tail"}
-
-PLOTS = {"accuracy-bytes.svg": "keys", "accuracy-labels.svg": "labels"}
-"""Files of plots, by the family that they show."""
+TAILS = {"bucket": "tail as one outcome", "uniform": "even tail", "renormalise": "no tail"}
 
 
 def write_plots(out: Path, report: StudyReport) -> tuple[str, ...]:
-    """Draw accuracy against bytes a pair, and against the share of pictures with labels, where there are such cells.
+    """Draw accuracy against bytes a pair (as differences to the lossless cell), and against the share of pictures with
+    labels, where there are such cells.
 
     Returns:
         the names of the files.
@@ -105,30 +103,40 @@ def write_plots(out: Path, report: StudyReport) -> tuple[str, ...]:
     Raises:
         InputError: matplotlib is not installed.
     """
-    written = []
-    for name, family in PLOTS.items():
-        points = _bytes_points(report) if family == "keys" else _label_points(report)
-        if len(points) > 1:
-            across = "bytes a pair" if family == "keys" else "pictures with labels, %"
-            title = f"{report.testbed}, teacher {report.teacher:.3f}"
-            write_bytes(out / name, scatter_svg(points, title, across, "accuracy"))
-            written.append(name)
-    return tuple(written)
+    teacher = f"teacher {report.teacher:.3f}"
+    charts = {
+        "accuracy-bytes.svg": (
+            _bytes_points(report),
+            (f"{report.testbed}: accuracy against {LOSSLESS}, {teacher}; 95 %", "bytes a pair", "points"),
+        ),
+        "accuracy-labels.svg": (
+            _label_points(report),
+            (f"{report.testbed}, {teacher}; deviation of seeds", "pictures with labels, %", "accuracy"),
+        ),
+    }
+    found = {name: chart for name, chart in charts.items() if len(chart[0]) > 1}
+    for name, (points_, words) in found.items():
+        write_bytes(out / name, scatter_svg(points_, *words))
+    return tuple(found)
 
 
 def _bytes_points(report: StudyReport) -> list[Point]:
-    rows = [row for row in report.rows if (row.family == "keys" or row.cell == DEFAULT) and row.bytes_a_pair]
-    cells, names = {cell.name: cell for cell in CELLS}, {DEFAULT: "sqrt8"}
-    return [
-        Point(
-            names.get(row.cell, row.cell),
-            _series(cells[row.cell]),
-            row.bytes_a_pair or 0.0,
-            row.accuracy,
-            row.deviation,
-        )
-        for row in rows
-    ]
+    """Differences to the lossless cell, paired by seed: what seeds have in common would hide them."""
+    rows = {row.cell: row for row in report.rows if row.bytes_a_pair}
+    if LOSSLESS not in rows:
+        return []
+    found = []
+    for cell in (cell for cell in CELLS if cell.name in rows and (cell.family == "keys" or cell.name == DEFAULT)):
+        row = rows[LOSSLESS if cell.name == DEFAULT else cell.name]
+        one = row.difference
+        low, mean, high = (0.0, 0.0, 0.0) if cell.name == LOSSLESS or one is None else (one.low, one.mean, one.high)
+        if cell.name == DEFAULT:
+            low, mean, high = -high, -mean, -low
+        size = rows[cell.name].bytes_a_pair or 0.0
+        # The series says which tail.
+        name = "sqrt8" if cell.name == DEFAULT else cell.name.partition(",")[0]
+        found.append(Point(name, _series(cell), size, 100 * mean, 100 * low, 100 * high))
+    return found
 
 
 def _series(cell: Cell) -> str:
@@ -138,8 +146,7 @@ def _series(cell: Cell) -> str:
         return "keys by mass"
     if cell.extract.get("k") is None:
         return "every key, other codes"
-    tail = cell.train.get("tail")
-    return "strongest keys" if tail is None else f"strongest keys, {TAILS[tail]}"
+    return f"strongest keys, {TAILS[str(cell.train['tail'])]}"
 
 
 def _label_points(report: StudyReport) -> list[Point]:
@@ -152,7 +159,8 @@ def _label_points(report: StudyReport) -> list[Point]:
             LABELS if cells[row.cell].targets == "none" else "labels + cache of all",
             100 * (cells[row.cell].labelled or 1.0),
             row.accuracy,
-            row.deviation,
+            row.accuracy - (row.deviation or 0.0),
+            row.accuracy + (row.deviation or 0.0),
         )
         for row in report.rows
         if row.cell in cells
