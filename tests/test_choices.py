@@ -59,6 +59,7 @@ CHOICES = {
     "mean of heads": {"heads": "mean"},
     "whole, mean of heads": {"attention": "whole", "heads": "mean"},
     "head by head": {"heads": "all"},
+    "even tail": {"tail": "uniform"},
     "temperature": {"temperature": 3.0},
     "temperature, vqa": {"temperature": 0.5, "task": "vqa"},
     "soft alone": {"attention_weight": 0.0},
@@ -129,13 +130,16 @@ class Stored:
         }
 
 
-def kl_of_row(target, student, tail):
-    """KL of one row; where there is a tail, all keys that were not kept are one outcome."""
+def kl_of_row(target, student, tail, how):
+    """KL of one row; a tail is one outcome of all keys that were not kept, or spread over them evenly."""
     kept = target > 0
     total = (target[kept] * (target[kept].log() - student[kept])).sum()
-    if tail is not None and tail > 0 and not kept.all():
-        total = total + tail * (tail.log() - student[~kept].logsumexp(0))
-    return total
+    if tail is None or tail == 0 or kept.all():
+        return total
+    if how == "bucket":
+        return total + tail * (tail.log() - student[~kept].logsumexp(0))
+    each = tail / (~kept).sum()
+    return total + (each * (each.log() - student[~kept])).sum()
 
 
 def attention_of(student, stored, pairs, config, pair_of_layers, image):
@@ -167,7 +171,9 @@ def attention_of(student, stored, pairs, config, pair_of_layers, image):
             for head in range(log.shape[0]):
                 for place, stored_at in enumerate(places):
                     left = None if tail is None else tail[0, head, stored_at]
-                    total = total + kl_of_row(target[head, stored_at], log[head, place], left) / log.shape[0]
+                    total = (
+                        total + kl_of_row(target[head, stored_at], log[head, place], left, config.tail) / log.shape[0]
+                    )
             count += rows
         found[kind] = total / count
     return found
