@@ -311,7 +311,7 @@ def test_wrong_options(road, tmp_path):
         (("--targets", road / "cache-train", "--init", tmp_path / "nowhere"), "expected a checkpoint folder"),
         (("--targets", road / "cache-train", "--valid", tmp_path / "nowhere"), "expected shards at"),
         (("--targets", road / "cache-train", "--set", "steps"), "expected --set name=value, got 'steps'"),
-        (("--targets", road / "cache-train", "--set", "steps=["), "with a value in YAML"),
+        (("--targets", road / "cache-train", "--set", "steps=["), "(values are YAML)"),
         (("--targets", road / "cache-train", "--batch-size", 100), "at least one batch of 100 pairs, got 72 pairs"),
         (("--targets", road / "cache-train", "--batch-size", 8, "--resume"), "expected a run to resume, found none"),
         (("--teacher", road / "teacher", "--on-missing", "skip"), "expected --on-missing with --targets CACHE alone"),
