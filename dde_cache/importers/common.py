@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dde_cache.errors import InputError, bullet_list
+from dde_cache.interrupt import FinishStep
 from dde_cache.samples import (
     INDEX_NAME,
     EncodedImage,
@@ -96,6 +97,7 @@ def import_samples(
 
     Raises:
         InputError: something is wrong with the source (all of it is listed), the folder is taken, or the disk is full.
+        KeyboardInterrupt: after Ctrl-C, between two samples; nothing is left.
     """
     if shard_size < 1:
         raise InputError(f"expected --shard-size of at least 1, got {shard_size}")
@@ -104,8 +106,15 @@ def import_samples(
     finished = _finished(source, folder, arguments, overwrite)
     if finished is not None:
         return Imported(folder, finished, already=True)
-    checks = _Checks(None if labels is None else frozenset(labels), skip_bad, progress)
-    with _replacing(folder) as partial:
+    with _replacing(folder) as partial, FinishStep() as interrupt:
+
+        def seen(number: int) -> None:
+            if progress is not None:
+                progress(number)
+            # Anywhere else Ctrl-C might fall into a bar that holds a lock, and wait for ever.
+            interrupt.check()
+
+        checks = _Checks(None if labels is None else frozenset(labels), skip_bad, seen)
         index = write_shards(
             checks.good(source.found),
             partial,
@@ -130,10 +139,10 @@ def import_samples(
 class _Checks:
     """The checks that look across samples, and the problems that they and the source found."""
 
-    def __init__(self, labels: frozenset[str] | None, skip_bad: bool, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, labels: frozenset[str] | None, skip_bad: bool, seen: Callable[[int], None]) -> None:
         self._labels = labels
         self._skip_bad = skip_bad
-        self._progress = progress
+        self._seen = seen
         self._first: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.answers: Counter[tuple[str | None, str | None]] = Counter()
@@ -152,8 +161,7 @@ class _Checks:
                 self.answers.update((text.kind, text.label) for text in one.texts)
             if not problems and (self._skip_bad or not self.problems):
                 yield Sample(one.key, one.images, one.texts, one.meta)
-            if self._progress is not None:
-                self._progress(self.read)
+            self._seen(self.read)
 
     def _check(self, one: Found) -> Iterator[Problem]:
         bad_key = check_key(one.key)
